@@ -1,0 +1,3 @@
+module github.com/umbp/umbp
+
+go 1.26.0
