@@ -183,7 +183,8 @@ type Backend interface {
 	Offer(ctx context.Context, peer Peer) (Handshake, error)
 
 	// Answer accepts a connection that peer offered, as target, and returns what the initiator needs to finish
-	// it. What is in offer is untrusted. When Answer returns, the target is ready to receive.
+	// it. What is in offer is untrusted; one that was meant for another incarnation of this process is refused with
+	// PeerGone, here or in Establish. When Answer returns, the target is ready to receive.
 	Answer(ctx context.Context, peer Peer, offer []byte) (answer []byte, err error)
 
 	// Fence returns nil when nothing that the peer (this incarnation of it) posted before the call can touch this
@@ -259,11 +260,6 @@ type Config struct {
 	Insecure bool
 	// Log receives what an operator should know. Nothing is logged for a transfer that succeeds. May be nil.
 	Log Logger
-}
-
-// Credentials name the PEM files for mutual TLS 1.3.
-type Credentials struct {
-	CertFile, KeyFile, CAFile string
 }
 
 // Logger is the part of hclog.Logger and of slog.Logger that backends use: a message, then pairs of key and

@@ -17,7 +17,8 @@ type Capabilities struct {
 	// NeedsFD says that a region can be reached by peers only if its Memory has a file descriptor.
 	NeedsFD bool
 	Limits  Limits
-	// Window is how many transfers one endpoint accepts before it says Busy. Never zero.
+	// Window is how many transfers one endpoint accepts before it says Busy. Never zero. A transfer leaves the window
+	// before its Complete is called, so that a host that posts from within Complete finds room.
 	Window int
 	// Simulated says that the backend moves no real bytes, or moves them over a simulated device.
 	Simulated bool

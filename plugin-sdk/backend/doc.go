@@ -55,16 +55,18 @@
 // # Concurrency
 //
 // Every method of every interface here may be called from any goroutine at any time, including while another
-// call of the same method runs. Post and Cancel never block: they take no lock that is held across I/O.
+// call of the same method runs. Post and Cancel never block: they take no lock that is held across I/O. From within
+// Sink.Complete only Post and Cancel may be called: whatever waits for transfers to complete would wait for itself.
 //
 // # Errors
 //
 // Errors that cross this contract are, or wrap, *Error, whose Code says what to do about them. A host acts on
-// codes, never on text. Busy means try again later and is never a failure; it is the only error that leaves the
-// endpoint as good as before on Post.
+// codes, never on text. Busy means try again later and is never a failure. A Post that is refused, for whatever
+// reason, leaves the endpoint as it was.
 //
 // # The smallest backend
 //
-// Package reference, beside this one, is a complete backend in about two hundred lines. It moves bytes between
-// two ends in one process and makes every promise above.
+// Package reference, beside this one, is a complete backend in a few hundred lines. It moves bytes between two ends
+// in one process and makes every promise above. Package conformance tests a backend against these promises, and
+// package fault injects faults into one.
 package backend

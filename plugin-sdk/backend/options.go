@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/big"
 	"slices"
 	"strconv"
 	"strings"
@@ -116,10 +117,12 @@ func (o Option) parse(text string) (any, error) {
 	return nil, fmt.Errorf("option type %q does not exist", o.Type)
 }
 
+var examples = map[OptionType]string{IntOption: "8", SizeOption: "64KiB", DurationOption: "1.5s"}
+
 func parseBounded[T int64 | Size | time.Duration](o Option, text string, parse func(string) (T, error)) (any, error) {
 	x, err := parse(text)
 	if err != nil {
-		return nil, fmt.Errorf("%q is not a %s", text, o.Type)
+		return nil, fmt.Errorf("%q is not a valid %s, such as %s", text, o.Type, examples[o.Type])
 	}
 	for _, bound := range []struct {
 		text  string
@@ -134,7 +137,7 @@ func parseBounded[T int64 | Size | time.Duration](o Option, text string, parse f
 		}
 		limit, err := parse(bound.text)
 		if err != nil {
-			return nil, fmt.Errorf("the schema's bound %q is not a %s", bound.text, o.Type)
+			return nil, fmt.Errorf("the schema's bound %q is not a valid %s", bound.text, o.Type)
 		}
 		if bound.fails(limit) {
 			return nil, fmt.Errorf("%s is %s, %s", text, bound.words, bound.text)
@@ -164,18 +167,23 @@ func ParseSize(text string) (Size, error) {
 			break
 		}
 	}
-	if n, err := strconv.ParseUint(number, 10, 64); err == nil {
-		if unit != 0 && n > (1<<64-1)/unit {
-			return 0, fmt.Errorf("size %q is too large", text)
-		}
-		return Size(n * unit), nil
+	// The arithmetic is exact: 1.005KB is 1005 bytes, and no digit of a long number is lost. What else big.Rat
+	// reads, such as exponents, is no size.
+	bytes, ok := new(big.Rat), strings.Trim(number, "0123456789.") == ""
+	if ok {
+		_, ok = bytes.SetString(number)
 	}
-	f, err := strconv.ParseFloat(number, 64)
-	bytes := f * float64(unit)
-	if err != nil || f < 0 || bytes >= 1<<63 || bytes != float64(uint64(bytes)) || strings.ContainsAny(number, "eExXpPnN_") {
+	if !ok {
 		return 0, fmt.Errorf("%q is not a size: write a number of bytes with a unit, such as 64KiB", text)
 	}
-	return Size(bytes), nil
+	bytes.Mul(bytes, new(big.Rat).SetUint64(unit))
+	switch {
+	case !bytes.IsInt():
+		return 0, fmt.Errorf("size %q is not a whole number of bytes", text)
+	case !bytes.Num().IsUint64():
+		return 0, fmt.Errorf("size %q is too large", text)
+	}
+	return Size(bytes.Num().Uint64()), nil
 }
 
 // String returns the size with the largest binary unit that keeps it whole: 64KiB.
@@ -191,7 +199,7 @@ func (s Size) String() string {
 // DidYouMean returns `, did you mean "x"?` for the known word nearest to the unknown one, or nothing when none
 // is near. It is here so that every part of UMBP corrects its users in the same way.
 func DidYouMean(unknown string, known []string) string {
-	best, bestDistance := "", len(unknown)/2+2
+	best, bestDistance := "", len(unknown)/4+2
 	for _, k := range known {
 		if d := editDistance(unknown, k); d < bestDistance {
 			best, bestDistance = k, d
