@@ -2,7 +2,8 @@ package region
 
 import "github.com/umbp/umbp/plugin-sdk/backend"
 
-// Descriptor is what a peer needs to reach a region of this process.
+// Descriptor is what a peer needs to reach a region of this process. It carries no address: peers name bytes by
+// their offset in the region.
 type Descriptor struct {
 	Peer   backend.Peer
 	ID     backend.RegionID
