@@ -1,0 +1,397 @@
+package conformance
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"reflect"
+	"runtime"
+	"time"
+
+	"github.com/umbp/umbp/plugin-sdk/backend"
+)
+
+func info(r *rig) {
+	b := r.initiator.backend
+	i := b.Info()
+	c := i.Capabilities
+	if i.Name != r.h.Factory.Name {
+		r.Errorf("Info.Name is %q, want %q as in Factory.Name", i.Name, r.h.Factory.Name)
+	}
+	if i.Version == "" {
+		r.Errorf("Info.Version is empty")
+	}
+	if len(r.ops()) == 0 || c.Ops&^(backend.Write|backend.Read) != 0 {
+		r.Errorf("Capabilities.Ops is %d: want write, read, or both", c.Ops)
+	}
+	if c.Local == 0 || c.Remote == 0 {
+		r.Errorf("no kind of memory is claimed for the local or the remote side")
+	}
+	if c.Reach < backend.SameProcess || c.Reach > backend.Network {
+		r.Errorf("Capabilities.Reach is %d, which is none", c.Reach)
+	}
+	if c.Window <= 0 {
+		r.Errorf("Capabilities.Window is %d, want at least 1", c.Window)
+	}
+	if c.Limits.Segments < 0 {
+		r.Errorf("Limits.Segments is negative")
+	}
+	if !reflect.DeepEqual(i, b.Info()) {
+		r.Errorf("Info has changed after Open")
+	}
+}
+
+// strange returns texts that are near the right one, and some that are not.
+func (r *rig) strange(right []byte) [][]byte {
+	noise := make([]byte, 256)
+	r.rng.Read(noise)
+	texts := [][]byte{nil, {}, {0}, noise, noise[:len(right)%len(noise)]}
+	if len(right) > 0 {
+		texts = append(texts, right[:len(right)-1], right[:len(right)/2], append(bytes.Clone(right), 0))
+		for range 4 {
+			flipped := bytes.Clone(right)
+			flipped[r.rng.Uint64()%uint64(len(right))] ^= byte(1 + r.rng.Uint64()%255)
+			texts = append(texts, flipped)
+		}
+	}
+	return texts
+}
+
+func handshakeGarbage(r *rig) {
+	offer := func() backend.Handshake {
+		handshake, err := r.initiator.backend.Offer(r.ctx, r.target.peer)
+		if err != nil {
+			r.Fatalf("Offer: %v", err)
+		}
+		return handshake
+	}
+	ask := func(what string, f func(ctx context.Context) error) {
+		ctx, cancel := context.WithTimeout(r.ctx, 300*time.Millisecond)
+		defer cancel()
+		r.guard(what, func() {
+			// Some of a text may not matter; whoever accepts it does no wrong.
+			if err := f(ctx); err != nil {
+				r.identity(what, err)
+			}
+		})
+	}
+
+	first := offer()
+	for _, text := range r.strange(first.Offer()) {
+		ask("Answer to a strange offer", func(ctx context.Context) error {
+			_, err := r.target.backend.Answer(ctx, r.initiator.peer, text)
+			return err
+		})
+	}
+	answer, err := r.target.backend.Answer(r.ctx, r.initiator.peer, first.Offer())
+	if err != nil {
+		r.Fatalf("Answer to a good offer, after bad ones: %v", err)
+	}
+	first.Abandon()
+
+	for _, text := range r.strange(answer) {
+		handshake := offer()
+		if _, err := r.target.backend.Answer(r.ctx, r.initiator.peer, handshake.Offer()); err != nil {
+			r.Fatalf("Answer to a good offer: %v", err)
+		}
+		ask("Establish with a strange answer", func(ctx context.Context) error {
+			endpoint, err := handshake.Establish(ctx, text)
+			if err == nil {
+				err = endpoint.Close()
+			}
+			return err
+		})
+	}
+	for what, text := range map[string][]byte{"empty": nil, "noise": bytes.Repeat([]byte{0xa5}, 333)} {
+		if _, err := r.target.backend.Answer(r.ctx, r.initiator.peer, text); err == nil {
+			r.Errorf("Answer accepts an offer that is %s", what)
+		}
+		handshake := offer()
+		ctx, cancel := r.timeout()
+		if _, err := handshake.Establish(ctx, text); err == nil {
+			r.Errorf("Establish accepts an answer that is %s", what)
+		}
+		cancel()
+	}
+
+	l := r.session(r.connect(r.initiator, r.target), r.initiator.area(small, 0), r.target.area(small, allRights))
+	l.move(r.ops()[0], []backend.Segment{{Length: small}}, "after garbage")
+}
+
+func handshakeAbandon(r *rig) {
+	for answered := range 2 {
+		for range 20 {
+			handshake, err := r.initiator.backend.Offer(r.ctx, r.target.peer)
+			if err != nil {
+				r.Fatalf("Offer: %v", err)
+			}
+			if answered == 1 {
+				if _, err := r.target.backend.Answer(r.ctx, r.initiator.peer, handshake.Offer()); err != nil {
+					r.Fatalf("Answer: %v", err)
+				}
+			}
+			handshake.Abandon()
+		}
+	}
+	l := r.session(r.connect(r.initiator, r.target), r.initiator.area(small, 0), r.target.area(small, allRights))
+	l.move(r.ops()[0], []backend.Segment{{Length: small}}, "after handshakes that were abandoned")
+}
+
+func handshakeExpired(r *rig) {
+	handshake, err := r.initiator.backend.Offer(r.ctx, r.target.peer)
+	if err != nil {
+		r.Fatalf("Offer: %v", err)
+	}
+	answer, err := r.target.backend.Answer(r.ctx, r.initiator.peer, handshake.Offer())
+	if err != nil {
+		r.Fatalf("Answer: %v", err)
+	}
+	expired, cancel := context.WithCancel(r.ctx)
+	cancel()
+	r.guard("Establish with a context that has ended", func() {
+		endpoint, err := handshake.Establish(expired, answer)
+		if err == nil { // it did not have to wait
+			err = endpoint.Close()
+		}
+		if err != nil {
+			r.identity("Establish with a context that has ended", err, backend.Cancelled)
+		}
+	})
+}
+
+func registerTwice(r *rig) {
+	l := r.link(small)
+	_, err := r.initiator.backend.Register(r.ctx, l.near.asMemory(-1))
+	r.identity("Register of a region that is registered", err, backend.BadRequest)
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Length: small}}, "after the refusal")
+	}
+}
+
+func registerKinds(r *rig) {
+	lent, err := r.h.NewMemory(small)
+	if err != nil {
+		r.Fatalf("NewMemory: %v", err)
+	}
+	r.lent = append(r.lent, lent)
+	for _, kind := range []backend.MemoryKind{0, backend.GPUMemory, 7} {
+		if r.caps().Local.Has(kind) || r.caps().Remote.Has(kind) {
+			continue
+		}
+		r.lastRegion++
+		_, err := r.initiator.backend.Register(r.ctx, backend.Memory{
+			Region: r.lastRegion, Kind: kind, Bytes: lent.Bytes, FD: lent.FD,
+		})
+		r.identity("Register of "+kind.String()+" memory", err, backend.Unsupported)
+	}
+}
+
+func deregisterTwice(r *rig) {
+	if err := r.initiator.backend.Deregister(r.ctx, 4711); err != nil {
+		r.Errorf("Deregister of a region that never was: %v", err)
+	}
+	l := r.link(small)
+	for range 2 {
+		l.far.deregister()
+		l.near.deregister()
+	}
+}
+
+func deregisterNear(r *rig) {
+	l := r.link(small)
+	spare := r.initiator.area(small, 0)
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Length: small}}, "before Deregister")
+	}
+	near, far := l.near.refill(), l.far.refill()
+	l.near.deregister()
+	for _, op := range r.ops() {
+		p, err := l.try(op, []backend.Segment{{Length: small}})
+		if err == nil {
+			l.wait(p)
+			err = p.err
+		}
+		r.identity("a "+op.String()+" with a local region that was deregistered", err)
+	}
+	_, err := r.trySession(r.connect(r.initiator, r.target), l.near, l.far, l.far.remote)
+	r.identity("Session with a local region that was deregistered", err, backend.BadRequest)
+	l.near.unchanged(near, "after Deregister of the local region")
+	l.far.unchanged(far, "after Deregister of the local region")
+
+	other := r.session(r.connect(r.initiator, r.target), spare, l.far)
+	other.move(r.ops()[0], []backend.Segment{{Length: small}}, "another region, after Deregister")
+}
+
+func deregisterFar(r *rig) {
+	l := r.link(small)
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Length: small}}, "before Deregister")
+	}
+	l.far.deregister()
+	l.untouched("after Deregister at the target", l.far.remote)
+}
+
+// untouched tries to reach the far region with every operation, over the session there is and over a new one, and
+// wants errors and not a byte moved.
+func (l *link) untouched(what string, remote backend.Remote) {
+	r := l.r
+	r.Helper()
+	near, far := l.near.refill(), l.far.refill()
+	for _, op := range r.ops() {
+		again, err := r.trySession(r.connect(r.initiator, r.target), l.near, l.far, remote)
+		if err != nil {
+			r.identity(what+": Session", err)
+		}
+		for _, l := range []*link{l, again} {
+			if l == nil {
+				continue
+			}
+			p, err := l.try(op, []backend.Segment{{Length: small}})
+			if err == nil {
+				l.wait(p)
+				err = p.err
+				for i := range p.Segments {
+					if p.outcome(i) == backend.Done {
+						r.Errorf("%s: a %s ended Done", what, op)
+					}
+				}
+			}
+			r.identity(what+": a "+op.String(), err)
+		}
+	}
+	r.fence()
+	time.Sleep(settle)
+	l.near.unchanged(near, what)
+	l.far.unchanged(far, what)
+}
+
+// stress posts as many long transfers as the endpoint takes, up to n.
+func (l *link) stress(op backend.Op, n int) []*posted {
+	l.r.Helper()
+	var all []*posted
+	for range n {
+		p, err := l.try(op, cut64(len(l.near.bytes)))
+		if err != nil {
+			l.r.identity("Post of a legal "+op.String(), err, backend.Busy)
+			break
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+func (l *link) waitAll(all []*posted) {
+	l.r.Helper()
+	for _, p := range all {
+		l.wait(p)
+	}
+}
+
+func deregisterWaits(r *rig) {
+	for _, op := range r.ops() {
+		for _, end := range []string{"initiator", "target"} {
+			l := r.session(r.connect(r.initiator, r.target), r.initiator.area(large, 0), r.target.area(large, allRights))
+			all := l.stress(op, 8)
+			gone := l.near
+			if end == "target" {
+				gone = l.far
+			}
+			gone.deregister()
+			if end == "initiator" {
+				for _, p := range all {
+					if !p.completed() {
+						r.Errorf("Deregister at the %s returned before a %s of the region had completed", end, op)
+						break
+					}
+				}
+			}
+			after := gone.refill()
+			l.waitAll(all)
+			time.Sleep(settle)
+			gone.unchanged(after, fmt.Sprintf("a %s touched memory after Deregister at the %s", op, end))
+		}
+	}
+}
+
+func limits(r *rig) {
+	limit := r.caps().Limits
+	l := r.link(large)
+	refused := func(what string, segments []backend.Segment) {
+		near, far := l.near.refill(), l.far.refill()
+		for _, op := range r.ops() {
+			_, err := l.try(op, segments)
+			r.identity("Post of "+what, err, backend.BadRequest)
+		}
+		l.near.unchanged(near, what)
+		l.far.unchanged(far, what)
+		l = r.session(r.connect(r.initiator, r.target), l.near, l.far)
+	}
+	many := func(n int) []backend.Segment {
+		segments := make([]backend.Segment, n)
+		for i := range segments {
+			segments[i] = backend.Segment{Local: uint64(n-1-i) * 16, Remote: uint64(i)*16 + 3, Length: 8}
+		}
+		return segments
+	}
+	most := limit.Segments
+	if most == 0 {
+		most = 5000
+	}
+	if most <= large/16 {
+		if limit.TransferBytes == 0 || uint64(most)*8 <= limit.TransferBytes {
+			for _, op := range r.ops() {
+				l.move(op, many(most), fmt.Sprintf("%d segments", most))
+			}
+		}
+		if limit.Segments != 0 {
+			refused("one segment more than Limits.Segments", many(most+1))
+		}
+	}
+	whole := limit.Tighten(backend.Limits{SegmentBytes: large, TransferBytes: large})
+	one := min(whole.SegmentBytes, whole.TransferBytes)
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Length: one}}, fmt.Sprintf("one segment of %d bytes", one))
+	}
+	if one < large {
+		refused("one byte more than the limits", []backend.Segment{{Length: one + 1}})
+	}
+}
+
+// resources opens, uses and closes the backend some times more, and counts before and after. The case's own rig
+// is the first time, so that what the process sets up once is there already.
+func resources(r *rig) {
+	use := func() {
+		extra := newRig(r.TB, r.h)
+		defer extra.close()
+		l := extra.link(small)
+		for _, op := range extra.ops() {
+			l.move(op, []backend.Segment{{Length: small}}, "while counting resources")
+		}
+		l.stress(extra.ops()[0], 2) // close has something to end
+	}
+	use()
+	goroutines, descriptors := runtime.NumGoroutine(), r.descriptors()
+	for range 3 {
+		use()
+	}
+	deadline := time.Now().Add(min(r.h.Patience, 2*time.Second))
+	for runtime.NumGoroutine() > goroutines && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond) // one that has closed its last channel still needs a moment to end
+	}
+	if now := runtime.NumGoroutine(); now > goroutines {
+		stacks := make([]byte, 1<<20)
+		r.Errorf("%d goroutines, %d before; these run:\n%s", now, goroutines, stacks[:runtime.Stack(stacks, true)])
+	}
+	if now := r.descriptors(); now > descriptors {
+		r.Errorf("%d descriptors are open, %d before", now, descriptors)
+	}
+}
+
+func (r *rig) descriptors() int {
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		r.Fatalf("count descriptors: %v", err)
+	}
+	return len(open)
+}

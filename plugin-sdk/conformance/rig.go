@@ -1,0 +1,318 @@
+package conformance
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/umbp/umbp/plugin-sdk/backend"
+)
+
+// Sizes of regions. What is to be caught while it is on its way is large enough to take a while.
+const (
+	small = 256 << 10
+	large = 4 << 20
+)
+
+// margin is memory before and after each region. It belongs to nobody, and must never change. It also gives each
+// region an offset in its file, since forgetting that offset is a favourite mistake.
+const margin = 64 << 10
+
+// settle is how long a case leaves a backend the chance to do what it must not do.
+const settle = 20 * time.Millisecond
+
+const allRights = backend.RemoteRead | backend.RemoteWrite
+
+// lastIncarnation numbers the ends of all cases.
+var lastIncarnation atomic.Uint64
+
+// rig is what a case works with: two ends, a connection from the first to the second, and the memory of both.
+type rig struct {
+	TB
+	h                 Harness
+	ctx               context.Context
+	initiator, target *node
+	endpoint          backend.Endpoint
+	nodes             []*node
+	lent              []Memory
+	links             []*link
+	rng               *rand.ChaCha8
+	lastRegion        backend.RegionID
+}
+
+// node is one end.
+type node struct {
+	r       *rig
+	peer    backend.Peer
+	backend backend.Backend
+}
+
+// area is a region of a node.
+type area struct {
+	node   *node
+	memory []byte // with the margins
+	bytes  []byte // the region
+	remote backend.Remote
+}
+
+func newRig(tb TB, h Harness) *rig {
+	tb.Helper()
+	r := &rig{TB: tb, h: h, ctx: context.Background(), rng: rand.NewChaCha8([32]byte{1})}
+	r.initiator, r.target = r.open("initiator"), r.open("target")
+	r.endpoint = r.connect(r.initiator, r.target)
+	return r
+}
+
+func (r *rig) open(name string) *node {
+	r.Helper()
+	n := &node{r: r, peer: backend.Peer{Node: name, Incarnation: lastIncarnation.Add(1), Host: r.h.Host}}
+	b, err := r.h.open(r.ctx, n.peer)
+	if err != nil {
+		r.Fatalf("open the %s: %v", name, err)
+	}
+	n.backend = b
+	r.nodes = append(r.nodes, n)
+	return n
+}
+
+// close ends the case, also one that has failed: it closes both ends, checks that every accepted transfer has
+// completed once, and gives the memory back.
+func (r *rig) close() {
+	r.Helper()
+	for _, n := range r.nodes {
+		r.guard("Backend.Close of the "+n.peer.Node, func() {
+			if err := n.backend.Close(); err != nil {
+				r.Errorf("Backend.Close of the %s: %v", n.peer.Node, err)
+			}
+		})
+	}
+	for _, l := range r.links {
+		l.sink.audit(r)
+	}
+	for _, m := range r.lent {
+		if err := m.Free(); err != nil {
+			r.Errorf("free memory: %v", err)
+		}
+	}
+}
+
+// guard runs what must return, and fails the case when it does not.
+func (r *rig) guard(what string, f func()) {
+	r.Helper()
+	returned := make(chan struct{})
+	go func() {
+		defer close(returned)
+		f()
+	}()
+	r.await(what, returned)
+}
+
+// await waits until c is closed.
+func (r *rig) await(what string, c <-chan struct{}) {
+	r.Helper()
+	timer := time.NewTimer(r.h.Patience)
+	defer timer.Stop()
+	select {
+	case <-c:
+	case <-timer.C:
+		r.Fatalf("%s: nothing after %s", what, r.h.Patience)
+	}
+}
+
+// timeout returns a context that ends when the harness's patience does.
+func (r *rig) timeout() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(r.ctx, r.h.Patience)
+}
+
+func (r *rig) caps() backend.Capabilities { return r.initiator.backend.Info().Capabilities }
+
+// ops returns the operations that the backend claims.
+func (r *rig) ops() []backend.Op {
+	return slices.DeleteFunc([]backend.Op{backend.Write, backend.Read}, func(op backend.Op) bool {
+		return r.caps().Ops&op == 0
+	})
+}
+
+// connect makes a connection that must succeed.
+func (r *rig) connect(from, to *node) backend.Endpoint {
+	r.Helper()
+	endpoint, err := r.tryConnect(from, to, to.peer)
+	if err != nil {
+		r.Fatalf("connect %s to %s: %v", from.peer, to.peer, err)
+	}
+	return endpoint
+}
+
+// tryConnect offers a connection to the peer called as, and has it answered by to.
+func (r *rig) tryConnect(from, to *node, as backend.Peer) (backend.Endpoint, error) {
+	ctx, cancel := r.timeout()
+	defer cancel()
+	handshake, err := from.backend.Offer(ctx, as)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := to.backend.Answer(ctx, from.peer, handshake.Offer())
+	if err != nil {
+		handshake.Abandon()
+		return nil, err
+	}
+	return handshake.Establish(ctx, answer)
+}
+
+// area lends memory to the node, full of random bytes, and registers it.
+func (n *node) area(size int, rights backend.Rights) *area {
+	n.r.Helper()
+	n.r.lastRegion++
+	return n.areaAs(n.r.lastRegion, size, rights)
+}
+
+func (n *node) areaAs(id backend.RegionID, size int, rights backend.Rights) *area {
+	r := n.r
+	r.Helper()
+	lent, err := r.h.NewMemory(size + 2*margin)
+	if err != nil {
+		r.Fatalf("NewMemory: %v", err)
+	}
+	r.lent = append(r.lent, lent)
+	r.fill(lent.Bytes)
+	a := &area{node: n, memory: lent.Bytes, bytes: lent.Bytes[margin : margin+size : margin+size]}
+	a.remote = backend.Remote{
+		Peer: n.peer, Region: id, Kind: backend.HostMemory, Rights: rights, Size: uint64(size),
+	}
+	a.remote.Key, err = n.backend.Register(r.ctx, a.asMemory(lent.FD))
+	if err != nil {
+		r.Fatalf("Register region %d of %d bytes: %v", id, size, err)
+	}
+	return a
+}
+
+func (a *area) asMemory(fd int) backend.Memory {
+	m := backend.Memory{
+		Region: a.remote.Region, Kind: backend.HostMemory, Rights: a.remote.Rights, Bytes: a.bytes, FD: fd,
+	}
+	if fd >= 0 {
+		m.FDOffset = margin
+	}
+	return m
+}
+
+// refill gives the memory new random bytes, and returns a copy of them.
+func (a *area) refill() []byte {
+	a.node.r.fill(a.memory)
+	return bytes.Clone(a.memory)
+}
+
+// fill writes new random bytes, the same ones again after a length that is prime: no slip of a power of two goes
+// unseen.
+func (r *rig) fill(p []byte) {
+	n := min(65521, len(p))
+	r.rng.Read(p[:n])
+	for n < len(p) {
+		n += copy(p[n:], p[:65521])
+	}
+}
+
+// unchanged compares the memory, margins included, with what it should be.
+func (a *area) unchanged(want []byte, why string) {
+	r := a.node.r
+	r.Helper()
+	if r.h.NearEndOnly || bytes.Equal(a.memory, want) {
+		return
+	}
+	i := 0
+	for a.memory[i] == want[i] {
+		i++
+	}
+	r.Errorf("%s: byte %d of the %s's region (size %d) is wrong", why, i-margin, a.node.peer.Node, len(a.bytes))
+}
+
+// deregister ends the use of the region.
+func (a *area) deregister() {
+	r := a.node.r
+	r.Helper()
+	ctx, cancel := r.timeout()
+	defer cancel()
+	r.guard("Deregister", func() {
+		if err := a.node.backend.Deregister(ctx, a.remote.Region); err != nil {
+			r.Errorf("Deregister region %d: %v", a.remote.Region, err)
+		}
+	})
+}
+
+// fence waits until the initiator's writes to the target are over. An error means "not certain yet".
+func (r *rig) fence() {
+	r.Helper()
+	ctx, cancel := r.timeout()
+	defer cancel()
+	for {
+		err := r.target.backend.Fence(ctx, r.initiator.peer)
+		if err == nil {
+			return
+		}
+		r.identity("Fence", err)
+		if ctx.Err() != nil {
+			r.Fatalf("Fence does not succeed: %v", err)
+		}
+		time.Sleep(backend.DefaultRetryAfter)
+	}
+}
+
+// identity checks that an error has one, and that it is among the codes, if any are given.
+func (r *rig) identity(what string, err error, allowed ...backend.Code) {
+	r.Helper()
+	var e *backend.Error
+	code := backend.CodeOf(err)
+	switch {
+	case err == nil:
+		r.Errorf("%s: succeeded, want an error", what)
+	case !errors.As(err, &e) && code != backend.Cancelled, !slices.Contains(backend.Codes, code):
+		r.Errorf("%s: the error is not a *backend.Error with a known code: %v", what, err)
+	case len(allowed) > 0 && !slices.Contains(allowed, code):
+		r.Errorf("%s: %v; its code is %q, want one of %q", what, err, code, allowed)
+	}
+}
+
+// scatter returns n segments, sorted by remote offset, that overlap on neither side of two regions of one size.
+// Neighbours on the remote side are not neighbours on the local side.
+func scatter(rng *rand.Rand, size uint64, n int) []backend.Segment {
+	segments := make([]backend.Segment, n)
+	free := size
+	for i := range segments {
+		segments[i].Length = 1 + rng.Uint64N(size/uint64(n))
+		if rng.IntN(4) == 0 {
+			segments[i].Length = 1
+		}
+		free -= segments[i].Length
+	}
+	place := func(order []int, set func(s *backend.Segment, offset uint64)) {
+		offset, left := uint64(0), free
+		for k, i := range order {
+			gap := rng.Uint64N(left/uint64(len(order)-k) + 1)
+			if rng.IntN(3) == 0 {
+				gap = 0 // some do touch
+			}
+			offset, left = offset+gap, left-gap
+			set(&segments[i], offset)
+			offset += segments[i].Length
+		}
+	}
+	order := rng.Perm(n)
+	place(order, func(s *backend.Segment, offset uint64) { s.Local = offset })
+	slices.Sort(order)
+	place(order, func(s *backend.Segment, offset uint64) { s.Remote = offset })
+	return segments
+}
+
+// cut64 cuts the whole of a region into 64 segments.
+func cut64(size int) []backend.Segment {
+	segments := make([]backend.Segment, 64)
+	step := uint64(size / len(segments))
+	for i := range segments {
+		segments[i] = backend.Segment{Local: uint64(i) * step, Remote: uint64(i) * step, Length: step}
+	}
+	return segments
+}
