@@ -1,8 +1,9 @@
 // Package directory knows which node holds which key, and where a new one goes.
 //
 // The directory is a cache of what the nodes hold: nodes own their entries and publish them, and an empty
-// directory is refilled by the nodes. Memory is the implementation that is embedded by default; Serve offers any
-// Directory over gRPC, and Client reaches one.
+// directory is refilled by the nodes. Memory is the implementation that is embedded by default; Register offers
+// any Directory over gRPC, and Client reaches one. Which of them a caller has makes no difference to it: errors
+// and replies are the same.
 package directory
 
 import (
@@ -24,9 +25,12 @@ type Directory interface {
 	Nodes(ctx context.Context) ([]Node, error)
 
 	// Publish enters keys for the node that holds them. They are visible to every client when it returns. The
-	// first node to publish a key keeps it. A node that is not a member is refused with PeerGone.
+	// first node to publish a key keeps it. A node that is not a member is refused with PeerGone, and so is a
+	// request of an earlier membership. One below the floor that a Withdraw has set is refused with Busy: where it
+	// is still meant, it is made again with a new Sequence.
 	Publish(ctx context.Context, req *PublishRequest, reply *PublishReply) error
-	// Withdraw drops entries; those that belong to another node or incarnation stay.
+	// Withdraw drops entries; those that belong to another node or incarnation, or that a Publish with a greater
+	// Sequence has entered, stay.
 	Withdraw(ctx context.Context, req *WithdrawRequest) error
 
 	// Place says where new keys should go, or that they exist.
@@ -48,16 +52,21 @@ type Node struct {
 // JoinReply answers Join.
 type JoinReply struct {
 	TTL time.Duration // join again before it has passed
-	// Refill says that the directory holds no entries of this incarnation: the node publishes all its keys.
-	Refill bool
+	// Membership is drawn when a membership begins, and is not zero. The directory knows nothing of what the node
+	// published before: a node that has not yet published all its keys in this membership does so.
+	Membership uint64
 }
 
 // PublishRequest enters keys.
 type PublishRequest struct {
-	Peer  backend.Peer
-	Keys  []string
-	Sizes []uint64 // bytes
-	Free  uint64   // bytes left in the pool, as in Node.Free
+	Peer       backend.Peer
+	Membership uint64 // as in JoinReply; 0 means whichever the node has
+	// Sequence grows from request to request, of both kinds, within an incarnation, and tells the younger of two
+	// that pass each other on the way.
+	Sequence uint64
+	Keys     []string
+	Sizes    []uint64 // bytes
+	Free     uint64   // bytes left in the pool, as in Node.Free
 }
 
 // PublishReply says for each key whether the entry is this node's now: false when another node has it.
@@ -67,9 +76,13 @@ type PublishReply struct {
 
 // WithdrawRequest drops entries.
 type WithdrawRequest struct {
-	Peer backend.Peer
-	Keys []string
-	Free uint64 // as in PublishRequest
+	Peer     backend.Peer
+	Sequence uint64 // as in PublishRequest
+	// Floor is above the Sequence of every Publish of which the node does not know whether it has arrived. From now
+	// on the directory refuses those below it: what is withdrawn here does not come back with one that was late.
+	Floor uint64
+	Keys  []string
+	Free  uint64 // as in PublishRequest
 }
 
 // NoNode is the node index of a key that is nowhere, or that no node has room for.

@@ -1,0 +1,2 @@
+// Package directorypb is the generated form of directory.proto.
+package directorypb

@@ -1,0 +1,2 @@
+// Package errorpb is the generated form of error.proto.
+package errorpb
