@@ -12,8 +12,9 @@ import (
 // gRPC. Every call carries a whole batch.
 //
 // Replies are filled in place: a caller that reuses a reply pays for no allocation. A reply's slices belong to
-// the caller. Requests are not kept. An error means that the call as a whole failed (the node is unreachable,
-// or it is not the incarnation asked for: PeerGone); what became of single keys is in their statuses.
+// the caller. Requests are not kept, but for the strings of keys that are allocated. An error means that the call
+// as a whole failed (the node is unreachable, or it is not the incarnation asked for: PeerGone); what became of
+// single keys is in their statuses.
 type Service interface {
 	// Describe tells who the node is and how to reach the regions of its pool.
 	Describe(ctx context.Context) (*Description, error)
@@ -29,8 +30,9 @@ type Service interface {
 	Abort(ctx context.Context, req *AbortRequest) error
 	// Resolve tells where values lie, and holds them there under one lease until Release or until it runs out.
 	Resolve(ctx context.Context, req *ResolveRequest, reply *ResolveReply) error
-	// Release ends a lease.
-	Release(ctx context.Context, req *ReleaseRequest) error
+	// Release ends a lease, and tells whether it has held until then: if not, what was read under it may be
+	// another value's bytes.
+	Release(ctx context.Context, req *ReleaseRequest, reply *ReleaseReply) error
 	// Remove deletes values; they are gone for every client when it returns. Memory under a lease is reused only
 	// when the lease has ended.
 	Remove(ctx context.Context, req *RemoveRequest, reply *RemoveReply) error
@@ -142,7 +144,7 @@ type ResolveRequest struct {
 
 // Value is where one value lies: in ResolveReply.Runs[FirstRun : FirstRun+RunCount].
 type Value struct {
-	Status             Status // OK or Missing
+	Status             Status // OK or Missing; Unknown where the reply is full: ask again for those
 	Size               uint64 // bytes
 	Generation         uint64 // of the slot: unique within the node's incarnation
 	Checksum           uint64
@@ -163,6 +165,11 @@ type ReleaseRequest struct {
 	Client backend.Peer
 	To     uint64
 	Lease  LeaseID
+}
+
+// ReleaseReply says whether the lease was still there, and the client's: it had neither run out nor been released.
+type ReleaseReply struct {
+	Held bool
 }
 
 // RemoveRequest deletes values.

@@ -1,0 +1,2 @@
+// Package peerpb is the generated form of peer.proto.
+package peerpb
