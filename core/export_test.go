@@ -1,0 +1,19 @@
+package core
+
+import (
+	"time"
+
+	"github.com/umbp/umbp/plugin-sdk/backend"
+)
+
+// KnownNodes returns how many incarnations of nodes the client knows.
+func (c *PoolClient) KnownNodes() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.nodes)
+}
+
+// FailPath makes the selector believe that a backend cannot connect to a peer.
+func (e *Engine) FailPath(b int, p backend.Peer, err error) {
+	e.selector.PathFailed(b, p, err, time.Now())
+}
