@@ -1,0 +1,395 @@
+package shm
+
+import (
+	"context"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/umbp/umbp/plugin-sdk/backend"
+)
+
+// hammer is a sink that posts the same transfer again whenever it completes, until it is refused.
+type hammer struct {
+	session backend.Session
+	segment backend.Segment
+	once    sync.Once
+	moved   chan struct{} // closed after the first transfer
+
+	mu      sync.Mutex
+	refusal error
+}
+
+func (h *hammer) hit() {
+	if err := post(h.session, backend.Write, 1, h.segment); err != nil {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.refusal = err
+	}
+}
+
+func (h *hammer) Complete(backend.Completion) {
+	h.once.Do(func() { close(h.moved) })
+	h.hit()
+}
+
+func startHammer(t testing.TB, p *pair) *hammer {
+	t.Helper()
+	h := &hammer{segment: backend.Segment{Length: uint64(len(p.near.Bytes))}, moved: make(chan struct{})}
+	var err error
+	h.session, err = p.endpoint.Session(soon(t), 1, p.remote, h)
+	must(t, err)
+	h.hit()
+	<-h.moved
+	return h
+}
+
+// wantUntouched fills a region and checks that nobody writes to it while other goroutines and processes have had
+// their turn.
+func wantUntouched(t testing.TB, b []byte) {
+	t.Helper()
+	fill(b, 77)
+	want := slices.Clone(b)
+	for range 100 {
+		runtime.Gosched()
+	}
+	time.Sleep(20 * time.Millisecond)
+	wantSame(t, "region after the fence", b, want)
+}
+
+func TestFenceInOneProcess(t *testing.T) {
+	p := newPair(t, 8*mib)
+	other := newInstance(t, peer("c", 3))
+	bystander := connect(t, other, p.b.self, p.b)
+	h := startHammer(t, p)
+
+	must(t, p.b.Fence(soon(t), peer("a", 2))) // another incarnation: nothing happens
+	select {
+	case <-p.endpoint.Done():
+		t.Fatal("a fence of another incarnation broke the endpoint")
+	default:
+	}
+	must(t, p.b.Fence(soon(t), p.a.self))
+	wantUntouched(t, p.far.Bytes)
+	wantDone(t, p.endpoint.Done())
+	must(t, h.session.Close())
+	wantCode(t, h.refusal, backend.PathDown)
+	select {
+	case <-bystander.Done():
+		t.Error("the fence broke another peer's endpoint")
+	default:
+	}
+	// The peer comes back by a new endpoint.
+	k := newSink()
+	s, err := connect(t, p.a, p.b.self, p.b).Session(soon(t), 1, p.remote, k)
+	must(t, err)
+	must(t, post(s, backend.Write, 1, backend.Segment{Length: 8 * mib}))
+	must(t, k.wait(t, 1).Err)
+}
+
+func TestFenceAcrossProcesses(t *testing.T) {
+	const size = 8 * mib
+	b := newInstance(t, peer("b", 2))
+	far := memory(t, 5, size, all)
+	remote := register(t, b, far)
+	a := startChild(t, peer("a", 1))
+	a.register(t, RegionArgs{ID: 1, Size: size})
+	a.connectTo(t, b)
+	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
+
+	// A stopped process may go on writing at any time: the fence must not succeed.
+	a.stop(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	wantCode(t, b.Fence(ctx, a.self), backend.Cancelled)
+	wantCode(t, b.Deregister(ctx, 5), backend.Cancelled)
+
+	must(t, a.cmd.Process.Signal(syscall.SIGCONT))
+	must(t, b.Fence(soon(t), a.self))
+	wantUntouched(t, far.Bytes)
+	var code backend.Code
+	must(t, a.call("Ended", uint64(size), &code))
+	if code != backend.PathDown {
+		t.Errorf("the initiator's posts are refused with %q, want path down", code)
+	}
+	var counts [2]int
+	must(t, a.call("Counts", Nothing{}, &counts))
+	if counts[1] != 1 { // its own region
+		t.Errorf("the initiator has %d mappings after the fence, want 1", counts[1])
+	}
+	must(t, b.Deregister(soon(t), 5))
+}
+
+func TestFenceOfKilledInitiator(t *testing.T) {
+	b := newInstance(t, peer("b", 2))
+	far := memory(t, 5, mib, all)
+	remote := register(t, b, far)
+	a := startChild(t, peer("a", 1))
+	a.register(t, RegionArgs{ID: 1, Size: mib})
+	a.connectTo(t, b)
+	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
+	must(t, a.cmd.Process.Kill())
+	must(t, b.Fence(soon(t), a.self))
+	wantUntouched(t, far.Bytes)
+	must(t, b.Fence(soon(t), a.self)) // again, and of a peer that is not there
+}
+
+// TestStoppedPeerAtClose has Close give up on a peer that does not let go, and say so.
+func TestStoppedPeerAtClose(t *testing.T) {
+	b, err := openInstance(peer("b", 2), map[string]string{"socket_dir": socketDir(t)})
+	must(t, err)
+	remote := register(t, b, memory(t, 5, mib, all))
+	a := startChild(t, peer("a", 1))
+	a.register(t, RegionArgs{ID: 1, Size: mib})
+	a.connectTo(t, b)
+	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
+	a.stop(t)
+	wantCode(t, b.Close(), backend.Cancelled)
+	wantCode(t, b.Close(), backend.Cancelled)
+}
+
+func TestTargetKilled(t *testing.T) {
+	const size = 16 * mib
+	a := newInstance(t, peer("a", 1))
+	near := memory(t, 1, size, 0)
+	register(t, a, near)
+	b := startChild(t, peer("b", 2))
+	remote := b.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
+	e := connect(t, a, b.self, b)
+	k := newSink()
+	s, err := e.Session(soon(t), 1, remote, k)
+	must(t, err)
+
+	// Transfers that no worker has begun, and one half way, when the target dies.
+	a.byHand(t)
+	segments := []backend.Segment{{Length: 3 * mib / 2}, {Local: 8 * mib, Remote: 8 * mib, Length: 8 * mib}}
+	must(t, post(s, backend.Write, 1, segments...))
+	must(t, post(s, backend.Write, 2, segments...))
+	a.step(t)
+	a.step(t)
+	b.kill()
+	wantDone(t, e.Done())
+	a.step(t)
+	a.step(t)
+	for cookie, want := range map[uint64][]backend.Outcome{
+		1: {backend.Failed, backend.Failed}, // copied to nobody
+		2: {backend.NotSent, backend.NotSent},
+	} {
+		c := k.wait(t, cookie)
+		wantCode(t, c.Err, backend.PeerGone)
+		if !slices.Equal(c.Outcomes, want) {
+			t.Errorf("transfer %d: outcomes %v, want %v", cookie, c.Outcomes, want)
+		}
+	}
+	wantCode(t, post(s, backend.Write, 3, segments...), backend.PeerGone)
+	_, err = e.Session(soon(t), 1, remote, k)
+	wantCode(t, err, backend.PeerGone)
+
+	// Its successor is reached with a new endpoint, and not by the old descriptor.
+	b2 := startChild(t, peer("b", 3))
+	remote2 := b2.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
+	e2 := connect(t, a, b2.self, b2)
+	_, err = e2.Session(soon(t), 1, remote, k)
+	wantCode(t, err, backend.PeerGone)
+	s2, err := e2.Session(soon(t), 1, remote2, k)
+	must(t, err)
+	must(t, post(s2, backend.Write, 4, backend.Segment{Length: 100}))
+	must(t, k.wait(t, 4).Err)
+}
+
+// TestTargetKilledUnderWorkers kills the target while workers copy: nobody crashes, and all is accounted for.
+func TestTargetKilledUnderWorkers(t *testing.T) {
+	const size = 16 * mib
+	a := newInstance(t, peer("a", 1), "window=8")
+	register(t, a, memory(t, 1, size, 0))
+	b := startChild(t, peer("b", 2))
+	remote := b.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
+	e := connect(t, a, b.self, b)
+	k := newSink()
+	s, err := e.Session(soon(t), 1, remote, k)
+	must(t, err)
+	posted := uint64(0)
+	for err == nil || backend.CodeOf(err) == backend.Busy {
+		switch err = post(s, backend.Write, posted, backend.Segment{Length: size}); backend.CodeOf(err) {
+		case 0:
+			if posted++; posted == 4 {
+				must(t, b.cmd.Process.Kill())
+			}
+		case backend.Busy:
+			<-k.more // of those that are in flight, one will complete
+		}
+	}
+	wantCode(t, err, backend.PeerGone)
+	must(t, s.Close())
+	if uint64(len(k.got)) != posted || len(k.twin) > 0 {
+		t.Errorf("%d of %d transfers completed", len(k.got), posted)
+	}
+	for cookie, c := range k.got {
+		if c.Err != nil && (backend.CodeOf(c.Err) != backend.PeerGone || slices.Contains(c.Outcomes, backend.Done)) {
+			t.Errorf("transfer %d: %v, outcomes %v", cookie, c.Err, c.Outcomes)
+		}
+	}
+}
+
+func TestTargetCloses(t *testing.T) {
+	a := newInstance(t, peer("a", 1))
+	register(t, a, memory(t, 1, mib, 0))
+	b := startChild(t, peer("b", 2))
+	remote := b.register(t, RegionArgs{ID: 5, Size: mib, Rights: all})
+	e := connect(t, a, b.self, b)
+	s, err := e.Session(soon(t), 1, remote, newSink())
+	must(t, err)
+	must(t, b.call("Close", Nothing{}, &Nothing{}))
+	wantDone(t, e.Done())
+	wantCode(t, post(s, backend.Write, 1, backend.Segment{Length: 1}), backend.PathDown) // the process lives
+}
+
+func TestDeregisterRemote(t *testing.T) {
+	t.Run("one process", func(t *testing.T) {
+		p := newPair(t, 8*mib)
+		register(t, p.b, memory(t, 6, 4096, all))
+		h := startHammer(t, p)
+		must(t, p.b.Deregister(soon(t), 99)) // unknown
+		must(t, p.b.Deregister(soon(t), 6))  // held by nobody
+		select {
+		case <-p.endpoint.Done():
+			t.Fatal("the end of a region that the peer does not hold broke its endpoint")
+		default:
+		}
+		must(t, p.b.Deregister(soon(t), p.far.Region))
+		must(t, p.b.Deregister(soon(t), p.far.Region))
+		wantUntouched(t, p.far.Bytes)
+		must(t, h.session.Close())
+		_, err := connect(t, p.a, p.b.self, p.b).Session(soon(t), 1, p.remote, newSink())
+		wantCode(t, err, backend.BadRequest)
+	})
+	t.Run("two processes", func(t *testing.T) {
+		a, b := newInstance(t, peer("a", 1)), startChild(t, peer("b", 2))
+		register(t, a, memory(t, 1, mib, 0))
+		gone := b.register(t, RegionArgs{ID: 5, Size: mib, Rights: all})
+		stays := b.register(t, RegionArgs{ID: 6, Size: mib, Rights: all})
+		e := connect(t, a, b.self, b)
+		for _, r := range []backend.Remote{gone, stays} {
+			_, err := e.Session(soon(t), 1, r, newSink())
+			must(t, err)
+		}
+		must(t, b.call("Deregister", backend.RegionID(5), &Nothing{}))
+		wantDone(t, e.Done())
+		if got := protections(t); len(got) != 1 {
+			t.Errorf("mappings %v, want that of the local region alone", got)
+		}
+		e = connect(t, a, b.self, b)
+		_, err := e.Session(soon(t), 1, gone, newSink())
+		wantCode(t, err, backend.BadRequest)
+		_, err = e.Session(soon(t), 1, stays, newSink())
+		must(t, err)
+	})
+}
+
+func TestDeregisterLocal(t *testing.T) {
+	p := newPair(t, 8*mib)
+	h := startHammer(t, p)
+	must(t, p.a.Deregister(soon(t), p.near.Region))
+	wantUntouched(t, p.near.Bytes)
+	wantUntouched(t, p.far.Bytes)
+	wantCode(t, h.refusal, backend.BadRequest)
+	_, err := p.endpoint.Session(soon(t), 1, p.remote, newSink())
+	wantCode(t, err, backend.BadRequest)
+	select {
+	case <-p.endpoint.Done():
+		t.Error("the end of a local region broke the endpoint")
+	default:
+	}
+}
+
+func TestRegisterRefuses(t *testing.T) {
+	i := newInstance(t, peer("a", 1))
+	good := memory(t, 1, 4096, all)
+	for _, c := range []struct {
+		name   string
+		change func(*backend.Memory)
+		code   backend.Code
+	}{
+		{"memory of a GPU", func(m *backend.Memory) { m.Kind = backend.GPUMemory }, backend.Unsupported},
+		{"region zero", func(m *backend.Memory) { m.Region = 0 }, backend.BadRequest},
+		{"no bytes", func(m *backend.Memory) { m.Bytes = nil }, backend.BadRequest},
+		{"unknown rights", func(m *backend.Memory) { m.Rights = 4 }, backend.BadRequest},
+		{"negative offset", func(m *backend.Memory) { m.FDOffset = -1 }, backend.BadRequest},
+		{"offset overflow", func(m *backend.Memory) { m.FDOffset = 1<<63 - 1 }, backend.BadRequest},
+		{"closed descriptor", func(m *backend.Memory) { m.FD = 1 << 20 }, backend.Internal},
+	} {
+		m := good
+		c.change(&m)
+		_, err := i.Register(soon(t), m)
+		if backend.CodeOf(err) != c.code {
+			t.Errorf("%s: got %v, want code %q", c.name, err, c.code)
+		}
+	}
+	key, err := i.Register(soon(t), good)
+	must(t, err)
+	if len(key) == 0 {
+		t.Error("a region with rights has no key")
+	}
+	_, err = i.Register(soon(t), good)
+	wantCode(t, err, backend.BadRequest)
+	must(t, i.Deregister(soon(t), 1))
+	good.Rights = 0
+	key, err = i.Register(soon(t), good)
+	must(t, err)
+	if key != nil {
+		t.Error("a region without rights has a key")
+	}
+}
+
+// TestNothingLeaks connects and closes many times, in both directions.
+func TestNothingLeaks(t *testing.T) {
+	dir := socketDir(t)
+	self := peer("a", 1)
+	b := startChild(t, peer("b", 2))
+	remote := b.register(t, RegionArgs{ID: 5, Size: 8192, Rights: all})
+	near := memory(t, 1, 8192, all)
+	count := func() (here, there [2]int) {
+		here, err := held()
+		must(t, err)
+		must(t, b.call("Counts", Nothing{}, &there))
+		return here, there
+	}
+	cycle := func() {
+		i, err := openInstance(self, map[string]string{"socket_dir": dir})
+		must(t, err)
+		r := register(t, i, near)
+		e := connect(t, i, b.self, b)
+		k := newSink()
+		s, err := e.Session(soon(t), 1, remote, k)
+		must(t, err)
+		must(t, post(s, backend.Read, 1, backend.Segment{Length: 8192}))
+		must(t, k.wait(t, 1).Err)
+		own := connect(t, i, i.self, i) // to itself: a peer like any other
+		_, err = own.Session(soon(t), 1, r, k)
+		must(t, err)
+		b.connectTo(t, i)
+		must(t, b.call("Session", HammerArgs{Local: 5, Remote: r}, &Nothing{}))
+		must(t, i.Close())
+		var code backend.Code
+		must(t, b.call("Ended", uint64(1), &code))
+	}
+	cycle()
+	here, there := count()
+	for range 100 {
+		cycle()
+	}
+	// The child's ends of the last connections may take a moment to close.
+	for limit := time.Now().Add(patience); ; runtime.Gosched() {
+		h, th := count()
+		if h == here && th == there {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("descriptors and mappings: %v here, %v there; before: %v, %v", h, th, here, there)
+		}
+	}
+	wantEmpty(t, dir)
+}
