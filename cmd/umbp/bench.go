@@ -1,0 +1,387 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/null"
+	"github.com/umbp/umbp/plugins/shm"
+	"github.com/umbp/umbp/plugins/tcp"
+)
+
+// The plans.
+const (
+	perPage = "per-page" // one transfer for each page: the "before"
+	grouped = "grouped"  // one for each pair of regions
+)
+
+var verifyLevels = map[string]core.Verify{"off": core.VerifyOff, "sample": core.VerifySample, "all": core.VerifyAll}
+
+// benchRow is one row of umbp bench batch-put and batch-get. Times are in milliseconds.
+type benchRow struct {
+	Scenario     string `json:"scenario"`
+	Op           string `json:"op"`
+	Plan         string `json:"plan"`
+	Backend      string `json:"backend"`
+	Batch        int    `json:"batch"`
+	PerItemPages int    `json:"per_item_pages"`
+	PageBytes    uint64 `json:"page_bytes"`
+	Iters        int    `json:"iters"`
+
+	// What one call took, from the outside: the median, the least and the most.
+	WallMs    float64 `json:"wall_ms"`
+	WallMsMin float64 `json:"wall_ms_min"`
+	WallMsMax float64 `json:"wall_ms_max"`
+	// Where the wall went, as medians.
+	ControlMs  float64 `json:"control_ms"`
+	PlanMs     float64 `json:"plan_ms"`
+	DispatchMs float64 `json:"dispatch_ms"`
+	MoveMs     float64 `json:"move_ms"`
+	VerifyMs   float64 `json:"verify_ms"`
+	StagingMs  float64 `json:"staging_ms"`
+
+	GiBs          float64 `json:"gib_s"`
+	Transfers     uint64  `json:"transfers"`
+	Segments      uint64  `json:"segments"`
+	Completions   uint64  `json:"completions"`
+	AllocsPerPage float64 `json:"allocs_per_page"`
+	Verified      uint64  `json:"verified"` // bytes compared after the run
+
+	Verify    string         `json:"verify"`
+	Simulated bool           `json:"simulated"` // the backend moves no bytes
+	Carried   map[string]int `json:"carried"`   // items of a call, by the backend that moved them
+	// What the wall is with checksums; for the grouped plan, measured in the same run with verify off.
+	WallMsVerifySample float64 `json:"wall_ms_verify_sample,omitempty"`
+	WallMsVerifyAll    float64 `json:"wall_ms_verify_all,omitempty"`
+}
+
+// benchFlags are the flags of batch-put and batch-get. Of the lists, every combination is run.
+type benchFlags struct {
+	scenarios, plans, backends    []string
+	batches, itemPages, pageBytes []int
+	iters, peers                  int
+	verify                        string
+}
+
+func (a *app) benchCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure batches, where their time goes, and how they stand against the limits of this host",
+		Long: `bench starts the nodes that it needs in its own process. It touches no running cluster, and reads no
+configuration.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(a.benchBatchCommand(benchPut), a.benchBatchCommand(benchGet), a.benchLimitsCommand())
+	return cmd
+}
+
+func (a *app) benchBatchCommand(op string) *cobra.Command {
+	var f benchFlags
+	cmd := &cobra.Command{
+		Use:   "batch-" + op,
+		Short: "Measure batches of " + op + "s, page by page and grouped",
+		Long: fmt.Sprintf(`batch-%s measures one call that carries a batch of values, each of several pages, from one caller to its
+targets. All are in this process, and the control plane is direct calls; the bytes go over the backend.
+
+Scenarios:
+  all_zc      the caller's memory is registered; one target
+  mixed       likewise; the caller is a node too, and holds every second value
+  all_stg     the caller's memory is not registered: its bytes are copied through staging memory
+  multi_peer  registered; --peers targets, two at least
+
+Plans take turns, call by call, on the same cluster:
+  per-page    one transfer for each page; each selects its backend and looks up its session
+  grouped     one transfer for each pair of regions
+
+Backends: null moves no bytes, and shows what a batch costs the caller; shm; tcp, over loopback; auto, as the
+default policy chooses. The memory of the own process is reached over shm under shm, tcp and auto.
+
+After each run the bytes of the last calls are compared. Flags that say "list" take several values, separated by
+commas; every combination is run.`, op),
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cases, err := f.cases(op)
+			if err != nil {
+				return err
+			}
+			return a.benchBatches(cmd, cases, &f)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringSliceVar(&f.scenarios, "scenario", []string{allZeroCopy}, "`list` of all_zc, mixed, all_stg, multi_peer")
+	flags.StringSliceVar(&f.plans, "plan", []string{perPage, grouped}, "`list` of per-page, grouped")
+	flags.StringSliceVar(&f.backends, "backend", []string{null.Name}, "`list` of null, shm, tcp, auto")
+	flags.IntSliceVar(&f.batches, "batch", []int{256}, "`list` of values in one call")
+	flags.IntSliceVar(&f.itemPages, "per-item-pages", []int{64, 128}, "`list` of pages in one value")
+	flags.IntSliceVar(&f.pageBytes, "page-bytes", []int{4096}, "`list` of bytes in one page")
+	flags.IntVar(&f.iters, "iters", 30, "calls that are measured, for each plan")
+	flags.IntVar(&f.peers, "peers", 2, "targets of multi_peer")
+	flags.StringVar(&f.verify, "verify", "off", "checksums: off, sample, all; with off, what the others cost is measured as well")
+	return a.listing(cmd)
+}
+
+// What a batch may be. Beyond that, the flags are taken for a mistake.
+const (
+	maxBenchBatch = 1 << 16
+	maxBenchPages = 1 << 16
+	maxBenchPage  = 1 << 30
+	maxBenchBytes = 1 << 40
+	maxBenchIters = 1 << 20
+	maxBenchPeers = 64
+)
+
+// benchFaults collects what is wrong with the flags.
+type benchFaults []error
+
+func (f *benchFaults) addf(format string, args ...any) { *f = append(*f, fmt.Errorf(format, args...)) }
+
+// words checks a list of words, each of which is to be known, and to be there once.
+func (f *benchFaults) words(flag string, values []string, known ...string) {
+	if len(values) == 0 {
+		f.addf("--%s is empty", flag)
+	}
+	for i, v := range values {
+		if !slices.Contains(known, v) {
+			f.addf("--%s %q is not one of %s%s", flag, v, strings.Join(known, ", "), backend.DidYouMean(v, known))
+		} else if slices.Contains(values[:i], v) {
+			f.addf("--%s names %s twice", flag, v)
+		}
+	}
+}
+
+// numbers checks a list of numbers from 1 to most.
+func (f *benchFaults) numbers(flag string, most int, values ...int) {
+	if len(values) == 0 {
+		f.addf("--%s is empty", flag)
+	}
+	for _, v := range values {
+		if v < 1 || v > most {
+			f.addf("--%s %d is not between 1 and %d", flag, v, most)
+		}
+	}
+}
+
+// err returns all faults as one usage error, or nil.
+func (f *benchFaults) err() error {
+	if len(*f) == 0 {
+		return nil
+	}
+	return &usageError{errors.Join(*f...)}
+}
+
+// cases checks the flags and returns their combinations. The error names every fault.
+func (b *benchFlags) cases(op string) ([]benchCase, error) {
+	var f benchFaults
+	f.words("scenario", b.scenarios, allZeroCopy, mixed, allStaged, multiPeer)
+	f.words("plan", b.plans, perPage, grouped)
+	f.words("backend", b.backends, null.Name, shm.Factory.Name, tcp.Factory.Name, "auto")
+	f.words("verify", []string{b.verify}, "off", "sample", "all")
+	f.numbers("batch", maxBenchBatch, b.batches...)
+	f.numbers("per-item-pages", maxBenchPages, b.itemPages...)
+	f.numbers("page-bytes", maxBenchPage, b.pageBytes...)
+	f.numbers("iters", maxBenchIters, b.iters)
+	f.numbers("peers", maxBenchPeers, b.peers)
+	if op == benchGet && b.verify != "off" && slices.Contains(b.backends, null.Name) {
+		f.addf("--verify must be off for a batch-get over null, which moves no bytes to verify")
+	}
+	if err := f.err(); err != nil {
+		return nil, err
+	}
+	var cases []benchCase
+	for _, scenario := range b.scenarios {
+		for _, name := range b.backends {
+			for _, batch := range b.batches {
+				for _, pages := range b.itemPages {
+					for _, size := range b.pageBytes {
+						c := benchCase{
+							op: op, scenario: scenario, backend: name, batch: batch, itemPages: pages, pageBytes: uint64(size), peers: b.peers,
+						}
+						if c.batchBytes() > maxBenchBytes {
+							f.addf("%s: a batch of more than %s", &c, humanSize(maxBenchBytes))
+						}
+						cases = append(cases, c)
+					}
+				}
+			}
+		}
+	}
+	return cases, f.err()
+}
+
+func (a *app) benchBatches(cmd *cobra.Command, cases []benchCase, f *benchFlags) error {
+	rows := []benchRow{}
+	progress := newPace(cmd.ErrOrStderr())
+	for _, c := range cases {
+		got, err := runBench(cmd.Context(), c, f.plans, f.verify, f.iters, progress)
+		if err != nil {
+			return err
+		}
+		rows = append(rows, got...)
+		if !a.json {
+			printBench(cmd.OutOrStdout(), &c, got)
+		}
+	}
+	if a.json {
+		return printJSON(cmd.OutOrStdout(), rows)
+	}
+	return nil
+}
+
+// runBench runs one case and returns a row for each plan.
+func runBench(ctx context.Context, c benchCase, plans []string, verify string, iters int, progress *pace) (_ []benchRow, err error) {
+	b, err := openBench(ctx, c, plans)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, b.Close()) }()
+	report := func(what string) func(round int) {
+		return func(round int) { progress.say("%s%s: round %d of %d", &c, what, round, iters) }
+	}
+	var turns []turn
+	for _, plan := range plans {
+		turns = append(turns, turn{plan, verify})
+	}
+	samples, verified, err := b.measure(ctx, turns, iters, report(""))
+	if err != nil {
+		return nil, err
+	}
+	var rows []benchRow
+	for i, t := range turns {
+		rows = append(rows, newBenchRow(&c, t, samples[i], verified))
+	}
+	// What checksums cost does not depend on the plan.
+	i := slices.Index(plans, grouped)
+	if i < 0 || verify != "off" || c.simulated() && c.op == benchGet {
+		return rows, nil
+	}
+	samples, _, err = b.measure(ctx, []turn{{grouped, "sample"}, {grouped, "all"}}, iters, report(", with checksums"))
+	if err != nil {
+		return nil, err
+	}
+	rows[i].WallMsVerifySample = median(samples[0], func(s *sample) float64 { return millis(s.wall) })
+	rows[i].WallMsVerifyAll = median(samples[1], func(s *sample) float64 { return millis(s.wall) })
+	return rows, nil
+}
+
+func newBenchRow(c *benchCase, t turn, samples []sample, verified uint64) benchRow {
+	of := func(part func(s *sample) time.Duration) float64 {
+		return median(samples, func(s *sample) float64 { return millis(part(s)) })
+	}
+	count := func(part func(s *sample) uint64) uint64 {
+		return uint64(median(samples, func(s *sample) float64 { return float64(part(s)) }))
+	}
+	wall := func(s *sample) time.Duration { return s.wall }
+	byWall := func(x, y sample) int { return cmp.Compare(x.wall, y.wall) }
+	shortest, longest := slices.MinFunc(samples, byWall), slices.MaxFunc(samples, byWall)
+	return benchRow{
+		Scenario: c.scenario, Op: c.op, Plan: t.plan, Backend: c.backend,
+		Batch: c.batch, PerItemPages: c.itemPages, PageBytes: c.pageBytes, Iters: len(samples),
+		WallMs: of(wall), WallMsMin: millis(shortest.wall), WallMsMax: millis(longest.wall),
+		ControlMs:  of(func(s *sample) time.Duration { return s.control }),
+		PlanMs:     of(func(s *sample) time.Duration { return s.plan }),
+		DispatchMs: of(func(s *sample) time.Duration { return s.dispatch }),
+		MoveMs:     of(func(s *sample) time.Duration { return s.move }),
+		VerifyMs:   of(func(s *sample) time.Duration { return s.verify }),
+		StagingMs:  of(func(s *sample) time.Duration { return s.staging }),
+		GiBs:       float64(c.batchBytes()) / (1 << 30) / of(wall) * 1000,
+		Transfers:  count(func(s *sample) uint64 { return s.transfers }), Segments: count(func(s *sample) uint64 { return s.segments }),
+		Completions:   count(func(s *sample) uint64 { return s.completions }),
+		AllocsPerPage: float64(samples[0].allocs) / float64(c.pages()),
+		Verified:      verified, Verify: t.verify, Simulated: c.simulated(), Carried: samples[0].carried,
+	}
+}
+
+func millis(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e6 }
+
+// median returns the median of what f says of each element; the upper one of two.
+func median[T any](list []T, f func(*T) float64) float64 {
+	values := make([]float64, len(list))
+	for i := range list {
+		values[i] = f(&list[i])
+	}
+	slices.Sort(values)
+	return values[len(values)/2]
+}
+
+// printBench prints the rows of one case for people.
+func printBench(w io.Writer, c *benchCase, rows []benchRow) {
+	note := ""
+	if c.simulated() {
+		note = " (simulated: null moves no bytes)"
+	}
+	fmt.Fprintf(w, "%s = %s a call%s; %d calls, verify %s, times in ms\n",
+		c, humanSize(c.batchBytes()), note, rows[0].Iters, rows[0].Verify)
+	fmt.Fprintf(w, "  %-9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %8s %11s %11s %9s  %s\n", "PLAN", "WALL", "MIN", "MAX",
+		"CONTROL", "PLAN", "DISPATCH", "MOVE", "GiB/s", "TRANSFERS", "SEGMENTS", "COMPLETIONS", "ALLOCS/PAGE", "VERIFIED", "CARRIED BY")
+	for _, r := range rows {
+		var carried []string
+		for _, name := range slices.Sorted(maps.Keys(r.Carried)) {
+			carried = append(carried, fmt.Sprintf("%s %d", name, r.Carried[name]))
+		}
+		fmt.Fprintf(w, "  %-9s %9.3f %9.3f %9.3f %9.3f %9.4f %9.4f %9.3f %8.2f %9d %8d %11d %11.4f %9s  %s\n",
+			r.Plan, r.WallMs, r.WallMsMin, r.WallMsMax, r.ControlMs, r.PlanMs, r.DispatchMs, r.MoveMs, r.GiBs,
+			r.Transfers, r.Segments, r.Completions, r.AllocsPerPage, humanSize(r.Verified), strings.Join(carried, ", "))
+	}
+	for _, r := range rows {
+		if r.StagingMs > 0 {
+			fmt.Fprintf(w, "  %s: copying through the staging memory takes %.3f of it\n", r.Plan, r.StagingMs)
+		}
+	}
+	before, after := findPlan(rows, perPage), findPlan(rows, grouped)
+	if before != nil {
+		fmt.Fprintf(w, "  per-page: %.0f ns a page; %.0f ns of them plan and dispatch\n",
+			before.WallMs*1e6/float64(c.pages()), (before.PlanMs+before.DispatchMs)*1e6/float64(c.pages()))
+	}
+	if before != nil && after != nil {
+		fmt.Fprintf(w, "  grouped saves %.1f %% of the wall, and %.2f %% of plan and dispatch\n",
+			saving(after.WallMs, before.WallMs), saving(after.PlanMs+after.DispatchMs, before.PlanMs+before.DispatchMs))
+	}
+	if after != nil {
+		fmt.Fprintf(w, "  grouped: control takes %.0f ns a key\n", after.ControlMs*1e6/float64(c.batch))
+		if after.WallMsVerifyAll > 0 {
+			fmt.Fprintf(w, "  grouped, with checksums: %.3f with verify sample, %.3f with all\n", after.WallMsVerifySample, after.WallMsVerifyAll)
+		}
+	}
+	fmt.Fprintln(w)
+}
+
+func findPlan(rows []benchRow, plan string) *benchRow {
+	for i := range rows {
+		if rows[i].Plan == plan {
+			return &rows[i]
+		}
+	}
+	return nil
+}
+
+// saving says how many percent of before are saved.
+func saving(after, before float64) float64 { return 100 * (1 - after/before) }
+
+// pace reports progress to people: nothing before the first two seconds are over, and then a line every two.
+type pace struct {
+	w    io.Writer
+	next time.Time
+}
+
+const paceInterval = 2 * time.Second
+
+func newPace(w io.Writer) *pace { return &pace{w: w, next: time.Now().Add(paceInterval)} }
+
+func (p *pace) say(format string, args ...any) {
+	if now := time.Now(); now.After(p.next) {
+		p.next = now.Add(paceInterval)
+		fmt.Fprintf(p.w, "umbp: bench: "+format+"\n", args...)
+	}
+}

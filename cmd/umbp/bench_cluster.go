@@ -1,0 +1,388 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/directory"
+	"github.com/umbp/umbp/core/host"
+	"github.com/umbp/umbp/core/region"
+	"github.com/umbp/umbp/core/selector"
+	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/null"
+	"github.com/umbp/umbp/plugins/shm"
+	"github.com/umbp/umbp/plugins/tcp"
+)
+
+// benchCase is one combination of the flags of a benchmark.
+type benchCase struct {
+	op, scenario, backend string
+	batch, itemPages      int
+	pageBytes             uint64
+	peers                 int
+	tcpConnections        int // 0 leaves it to the backend
+}
+
+// The operations and scenarios.
+const (
+	benchPut = "put"
+	benchGet = "get"
+
+	allZeroCopy = "all_zc"     // the caller's memory is registered; one target
+	mixed       = "mixed"      // likewise; the caller is a node too, and holds half of the items
+	allStaged   = "all_stg"    // the caller's memory is not registered; one target
+	multiPeer   = "multi_peer" // registered; several targets
+)
+
+func (c *benchCase) itemBytes() uint64  { return uint64(c.itemPages) * c.pageBytes }
+func (c *benchCase) batchBytes() uint64 { return uint64(c.batch) * c.itemBytes() }
+func (c *benchCase) pages() int         { return c.batch * c.itemPages }
+func (c *benchCase) simulated() bool    { return c.backend == null.Name }
+
+func (c *benchCase) targets() int {
+	if c.scenario == multiPeer {
+		return max(c.peers, 2)
+	}
+	return 1
+}
+
+// String names the case in progress reports and errors.
+func (c *benchCase) String() string {
+	return fmt.Sprintf("batch-%s %s over %s, %d x %d pages of %s", c.op, c.scenario, c.backend, c.batch, c.itemPages, humanSize(c.pageBytes))
+}
+
+// headroom is how many batches fit into the pool of a target.
+const headroom = 4
+
+// benchCluster is a directory, the targets, and the caller, in one process. The control plane is direct calls; the
+// bytes go over the backends.
+type benchCluster struct {
+	benchCase
+	directory *directory.Memory
+	nodes     []*core.Node
+	caller    *core.Engine
+	clients   map[string]*core.PoolClient // by plan
+
+	data   []byte // the caller's memory: what is put, or got into
+	mirror []byte // the other end of the comparison: what is got to check a put, or was put to be got
+	serial int    // of the keys
+	items  []core.Item
+
+	closers []func() error // in the order of opening
+}
+
+// openBench starts a cluster with a client for each plan.
+func openBench(ctx context.Context, c benchCase, plans []string) (_ *benchCluster, err error) {
+	b := &benchCluster{
+		benchCase: c, directory: directory.NewMemory(directory.Options{}), clients: make(map[string]*core.PoolClient),
+		items: make([]core.Item, c.batch),
+	}
+	b.closers = append(b.closers, b.directory.Close)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%s: %w", &c, errors.Join(err, b.Close()))
+		}
+	}()
+	for i := range c.targets() {
+		engine, err := b.openEngine(ctx, fmt.Sprintf("target-%d", i), "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		if err := b.startNode(ctx, engine); err != nil {
+			return nil, err
+		}
+	}
+	if b.caller, err = b.openEngine(ctx, "caller", "off"); err != nil {
+		return nil, err
+	}
+	if c.scenario == mixed {
+		// A pool like the target's: placing by free room then sends every second item to each.
+		if err := b.startNode(ctx, b.caller); err != nil {
+			return nil, err
+		}
+	}
+	for _, plan := range plans {
+		if err := b.openClient(ctx, plan); err != nil {
+			return nil, err
+		}
+	}
+	return b, b.openMemory(ctx, b.clients[plans[0]])
+}
+
+// Close ends the cluster, last opened first.
+func (b *benchCluster) Close() error {
+	var errs []error
+	for _, c := range slices.Backward(b.closers) {
+		errs = append(errs, c())
+	}
+	return errors.Join(errs...)
+}
+
+func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*core.Engine, error) {
+	tcpOptions := map[string]string{"listen": listen}
+	if b.tcpConnections > 0 {
+		tcpOptions["connections"] = fmt.Sprint(b.tcpConnections)
+	}
+	specs := []host.Spec{{Factory: shm.Factory}, {Factory: tcp.Factory, Options: tcpOptions}}
+	rules := []selector.Rule{{Require: []string{b.backend}}}
+	within := true
+	switch b.backend {
+	case null.Name:
+		specs = []host.Spec{{Factory: null.Factory}}
+	case "auto":
+		rules = []selector.Rule{{Prefer: []string{shm.Factory.Name}, Allow: []string{tcp.Factory.Name}}}
+	default:
+		rules = append([]selector.Rule{{Match: selector.Match{SameNode: &within}, Require: []string{shm.Factory.Name}}}, rules...)
+	}
+	engine, err := core.NewEngine(ctx, core.EngineOptions{Node: name, Backends: specs, Rules: rules})
+	if err == nil {
+		b.closers = append(b.closers, engine.Close)
+	}
+	return engine, err
+}
+
+func (b *benchCluster) startNode(ctx context.Context, engine *core.Engine) error {
+	node, err := core.NewNode(ctx, engine, core.NodeOptions{
+		Directory: b.directory, Address: engine.Self().Node + ":1", PoolSize: headroom * b.batchBytes(), PageSize: b.pageBytes,
+	})
+	if err != nil {
+		return err
+	}
+	b.nodes = append(b.nodes, node)
+	b.closers = append(b.closers, func() error { return node.Close(context.Background()) })
+	return node.Start(ctx)
+}
+
+func (b *benchCluster) openClient(ctx context.Context, plan string) error {
+	opts := core.ClientOptions{Engine: b.caller, Directory: b.directory, Dial: core.DialLocal(nil, b.nodes...)}
+	if plan == perPage {
+		opts.PerPage = b.pageBytes
+	}
+	if b.scenario == allStaged {
+		opts.StagingSize = b.batchBytes()
+	}
+	client, err := core.NewPoolClient(ctx, opts)
+	if err == nil {
+		b.clients[plan] = client
+		b.closers = append(b.closers, func() error { return client.Close(context.Background()) })
+	}
+	return err
+}
+
+// openMemory allocates the two ends of the comparison. Staged memory is populated like the other, but not
+// registered.
+func (b *benchCluster) openMemory(ctx context.Context, client *core.PoolClient) error {
+	registered := func() ([]byte, error) {
+		buf, err := client.Alloc(ctx, b.batchBytes())
+		if err != nil {
+			return nil, err
+		}
+		b.closers = append(b.closers, func() error { return buf.Close(context.Background()) })
+		return buf.Bytes(), nil
+	}
+	var err error
+	if b.mirror, err = registered(); err != nil {
+		return err
+	}
+	if b.scenario != allStaged {
+		b.data, err = registered()
+		return err
+	}
+	arena, err := region.NewArena("bench", b.batchBytes(), region.ArenaOptions{Context: ctx})
+	if err == nil {
+		b.data = arena.Bytes()
+		b.closers = append(b.closers, arena.Close)
+	}
+	return err
+}
+
+// name gives the items fresh keys, and the values in memory.
+func (b *benchCluster) name(memory []byte) {
+	b.serial++
+	for i := range b.items {
+		b.items[i].Key = fmt.Sprintf("bench-%d-%d", b.serial, i)
+	}
+	b.lay(memory)
+}
+
+// lay gives the items the values in memory, one after the other.
+func (b *benchCluster) lay(memory []byte) {
+	size := b.itemBytes()
+	for i := range b.items {
+		at := uint64(i) * size
+		b.items[i].Value = memory[at : at+size : at+size]
+	}
+}
+
+// fillPattern fills memory with numbers that depend on the seed, so that no byte can be right by having been left
+// over.
+func fillPattern(memory []byte, seed uint64) {
+	random := rand.NewPCG(seed, 400)
+	for len(memory) >= 8 {
+		binary.LittleEndian.PutUint64(memory, random.Uint64())
+		memory = memory[8:]
+	}
+	for i := range memory {
+		memory[i] = byte(random.Uint64())
+	}
+}
+
+// allAre checks that every result has the status that the benchmark counts on.
+func (b *benchCluster) allAre(want core.Status, results []core.Result) error {
+	for i := range results {
+		if r := &results[i]; r.Status != want {
+			return errors.Join(fmt.Errorf("%s: key %q is %s, not %s", &b.benchCase, b.items[i].Key, r.Status, want), r.Err)
+		}
+	}
+	return nil
+}
+
+func (b *benchCluster) remove(ctx context.Context, client *core.PoolClient) error {
+	keys := make([]string, len(b.items))
+	for i := range b.items {
+		keys[i] = b.items[i].Key
+	}
+	return b.allAre(core.Removed, client.Remove(ctx, keys...))
+}
+
+// turn is one of those that alternate within a run.
+type turn struct {
+	plan   string
+	verify string
+}
+
+// sample is what was measured of one call.
+type sample struct {
+	wall, control, plan, dispatch, move, verify, staging time.Duration
+
+	transfers, segments, completions, allocs uint64
+	carried                                  map[string]int // items by backend
+}
+
+// warmups are the rounds that are not timed. In the first one everything grows to its size; the last one counts
+// allocations, which stops the world and leaves the caches cold.
+const warmups = 2
+
+// measure gives every turn its number of calls, one after the other and round after round, and returns what they
+// took, and how many bytes of the last call of each turn were compared.
+func (b *benchCluster) measure(ctx context.Context, turns []turn, iters int, progress func(round int)) (samples [][]sample, verified uint64, err error) {
+	samples = make([][]sample, len(turns))
+	if b.op == benchGet {
+		b.name(b.mirror)
+		fillPattern(b.mirror, uint64(b.serial))
+		putter := b.clients[turns[0].plan]
+		putter.Tune(core.Tuning{Verify: core.VerifyAll}) // so that there are checksums to verify
+		if err := b.allAre(core.Stored, putter.BatchPut(ctx, b.items)); err != nil {
+			return nil, 0, err
+		}
+		b.lay(b.data)
+	}
+	allocs := make([]uint64, len(turns))
+	for round := 1 - warmups; round <= iters; round++ {
+		progress(max(round, 0))
+		for i, t := range turns {
+			if err := ctx.Err(); err != nil {
+				return nil, 0, err
+			}
+			s, err := b.call(ctx, t, round == 0, round == iters)
+			if err != nil {
+				return nil, 0, err
+			}
+			if round == 0 {
+				allocs[i] = s.allocs
+			} else if round > 0 {
+				s.allocs = allocs[i]
+				samples[i] = append(samples[i], s)
+			}
+		}
+	}
+	if b.op == benchGet {
+		if err := b.remove(ctx, b.clients[turns[0].plan]); err != nil {
+			return nil, 0, err
+		}
+	}
+	if !b.simulated() {
+		verified = b.batchBytes()
+	}
+	return samples, verified, nil
+}
+
+// call makes one call and measures it. The last one of a turn is given bytes that were never used before, and they
+// are compared afterwards.
+func (b *benchCluster) call(ctx context.Context, t turn, count, last bool) (sample, error) {
+	client := b.clients[t.plan]
+	client.Tune(core.Tuning{Verify: verifyLevels[t.verify]})
+	check := last && !b.simulated()
+	run, want := client.BatchGet, core.Found
+	if b.op == benchPut {
+		run, want = client.BatchPut, core.Stored
+		b.name(b.data)
+		if check {
+			fillPattern(b.data, uint64(b.serial))
+		}
+	} else if check {
+		clear(b.data)
+	}
+	s, results := b.timed(ctx, client, run, count)
+	if err := b.allAre(want, results); err != nil {
+		return s, err
+	}
+	if check && b.op == benchPut {
+		clear(b.mirror)
+		b.lay(b.mirror)
+		if err := b.allAre(core.Found, client.BatchGet(ctx, b.items)); err != nil {
+			return s, err
+		}
+	}
+	if check && !bytes.Equal(b.data, b.mirror) {
+		return s, &backend.Error{Code: backend.Integrity, Op: "compare", Text: b.String() + ": bytes came back that were not put"}
+	}
+	if b.op == benchPut {
+		return s, b.remove(ctx, client)
+	}
+	return s, nil
+}
+
+// timed makes one call and takes the time, or counts its allocations.
+func (b *benchCluster) timed(
+	ctx context.Context, client *core.PoolClient, run func(context.Context, []core.Item) []core.Result, count bool,
+) (sample, []core.Result) {
+	var before, after runtime.MemStats
+	answered, stats := b.answered(), client.Stats()
+	if count {
+		runtime.ReadMemStats(&before)
+	}
+	start := time.Now()
+	results := run(ctx, b.items)
+	wall := time.Since(start)
+	if count {
+		runtime.ReadMemStats(&after)
+	}
+	now := client.Stats()
+	s := sample{
+		wall: wall, control: now.Control - stats.Control, plan: now.Plan - stats.Plan, dispatch: now.Dispatch - stats.Dispatch,
+		move: now.Move - stats.Move, verify: now.Verify - stats.Verify, staging: now.Staging - stats.Staging,
+		transfers: now.Transfers - stats.Transfers, segments: now.Segments - stats.Segments,
+		completions: b.answered() - answered, allocs: after.Mallocs - before.Mallocs, carried: make(map[string]int),
+	}
+	for i := range results {
+		s.carried[results[i].Path.Backend]++
+	}
+	return s, results
+}
+
+// answered returns how many transfers the backends of the caller have answered.
+func (b *benchCluster) answered() (n uint64) {
+	for _, known := range b.caller.Backends() {
+		n += b.caller.Counters(known.Name).Transfers.Load()
+	}
+	return n
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/umbp/umbp/config"
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/directory"
+	"github.com/umbp/umbp/core/region"
+)
+
+// embedded is a cluster within the process: a directory, nodes, and a client. The control plane is function calls;
+// the bytes go through real backends.
+type embedded struct {
+	directory *directory.Memory
+	nodes     []*core.Node
+	client    *poolClient
+	closers   []func() error // run last first
+}
+
+// openEmbedded starts so many nodes, each with a pool of poolSize bytes in pages of pageSize.
+func openEmbedded(ctx context.Context, c *config.Config, nodes int, poolSize, pageSize uint64, log hclog.Logger) (_ *embedded, err error) {
+	e := &embedded{directory: directory.NewMemory(directory.Options{})}
+	e.closers = append(e.closers, e.directory.Close)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.Close())
+		}
+	}()
+	for i := range nodes {
+		engine, err := openEngine(ctx, c, fmt.Sprintf("node-%d", i), true, log)
+		if err != nil {
+			return nil, err
+		}
+		e.closers = append(e.closers, engine.Close)
+		node, err := core.NewNode(ctx, engine, core.NodeOptions{
+			Directory: e.directory, Address: "in this process", PoolSize: poolSize, PageSize: pageSize,
+			HugePages: region.HugePages(c.Pool.HugePages), Limits: limits(c), Log: log,
+		})
+		if err != nil {
+			return nil, err
+		}
+		e.closers = append(e.closers, func() error {
+			leaving, cancel := context.WithTimeout(context.Background(), closeTimeout)
+			defer cancel()
+			return node.Close(leaving)
+		})
+		if err := node.Start(ctx); err != nil {
+			return nil, err
+		}
+		e.nodes = append(e.nodes, node)
+	}
+	engine, err := openEngine(ctx, c, "client", false, log)
+	if err != nil {
+		return nil, err
+	}
+	client, err := core.NewPoolClient(ctx, core.ClientOptions{
+		Engine: engine, Directory: e.directory, Dial: core.DialLocal(nil, e.nodes...), Tuning: tuning(c),
+	})
+	if err != nil {
+		return nil, errors.Join(err, engine.Close())
+	}
+	e.client = &poolClient{client, engine}
+	e.closers = append(e.closers, e.client.Close)
+	return e, nil
+}
+
+func (e *embedded) Close() error {
+	var errs []error
+	for i := len(e.closers) - 1; i >= 0; i-- {
+		errs = append(errs, e.closers[i]())
+	}
+	return errors.Join(errs...)
+}

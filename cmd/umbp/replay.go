@@ -1,0 +1,472 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cheggaaa/pb/v3"
+	"github.com/spf13/cobra"
+
+	"github.com/umbp/umbp/config"
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/directory"
+	"github.com/umbp/umbp/plugin-sdk/backend"
+)
+
+// tokensPerBlock is the size of a block of the traces: the unit that an id of theirs names.
+const tokensPerBlock = 512
+
+// request is one line of a trace.
+type request struct {
+	Timestamp   int64    `json:"timestamp"` // ms since the start of the trace
+	InputLength int      `json:"input_length"`
+	HashIDs     []uint64 `json:"hash_ids"` // blocks of the prompt, in order
+}
+
+// replayResult is what umbp replay prints with --json.
+type replayResult struct {
+	Requests   int     `json:"requests"`
+	HitRatio   float64 `json:"hit_ratio"` // of the tokens of all prompts, those that were got
+	Evictions  uint64  `json:"evictions"`
+	GiBPut     float64 `json:"gib_put"`
+	GiBGot     float64 `json:"gib_got"`
+	GetP50     float64 `json:"get_p50_ms"`
+	GetP99     float64 `json:"get_p99_ms"`
+	PutP50     float64 `json:"put_p50_ms"`
+	PutP99     float64 `json:"put_p99_ms"`
+	Busy       int     `json:"busy"`
+	Failed     int     `json:"failed"` // keys for which a call failed, but not for want of room
+	Mismatches int     `json:"mismatches"`
+	Seconds    float64 `json:"seconds"`
+}
+
+type replayFlags struct {
+	nodes, limit  int
+	poolSize      string
+	bytesPerToken int
+	speed         string
+}
+
+func (a *app) replayCommand() *cobra.Command {
+	var f replayFlags
+	cmd := &cobra.Command{
+		Use:   "replay FILE",
+		Short: "Replay a trace of LLM serving traffic, and check every byte",
+		Long: `replay reads a trace (JSON lines, plain or gzip, with timestamp, input_length and hash_ids), and does
+for each request what a serving engine does: it gets the longest prefix of the prompt's blocks that the pool
+holds, and puts the rest. A block is 512 tokens; its bytes are made from its id, so that every byte that comes
+back can be checked. It fails if one is wrong.
+
+Without directory.address it starts nodes within the process. With it, it uses a running cluster.`,
+		Args: exactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.replay(cmd, f, args[0]) },
+	}
+	cmd.Flags().IntVar(&f.nodes, "nodes", 2, "nodes to start")
+	cmd.Flags().StringVar(&f.poolSize, "pool-size", "2GiB", "`size` of the pools of the nodes, together")
+	cmd.Flags().IntVar(&f.bytesPerToken, "bytes-per-token", 64, "bytes of a token's KV cache")
+	cmd.Flags().IntVar(&f.limit, "limit", 0, "replay no more than so many requests; 0 replays all")
+	cmd.Flags().StringVar(&f.speed, "speed", "max", "`pace`: max, or a multiple of the trace's own, such as 1x or 10x")
+	return a.client(a.listing(cmd))
+}
+
+func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
+	pace, err := parsePace(f.speed)
+	if err != nil {
+		return &usageError{err}
+	}
+	poolSize, err := backend.ParseSize(f.poolSize)
+	switch {
+	case err != nil:
+		return &usageError{fmt.Errorf("--pool-size: %w", err)}
+	case f.nodes < 1 || f.nodes > 64:
+		return &usageError{fmt.Errorf("--nodes %d: start 1 to 64 nodes", f.nodes)}
+	case f.bytesPerToken < 1 || f.bytesPerToken > 1<<20:
+		return &usageError{fmt.Errorf("--bytes-per-token %d: a token has 1 byte to 1 MiB", f.bytesPerToken)}
+	case f.limit < 0:
+		return &usageError{fmt.Errorf("--limit %d is negative", f.limit)}
+	}
+	source := a.source(cmd)
+	c, err := config.Load(source)
+	if err != nil {
+		return err
+	}
+	if c.Directory.Address != "" && (cmd.Flags().Changed("nodes") || cmd.Flags().Changed("pool-size")) {
+		return &usageError{fmt.Errorf("--nodes and --pool-size are for nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
+			c.Directory.Address, c.Origin("directory.address"))}
+	}
+	requests, err := readTrace(file, f.limit)
+	if err != nil {
+		return err
+	}
+	r := &replayer{requests: requests, blockBytes: tokensPerBlock * f.bytesPerToken, pace: pace, stderr: cmd.ErrOrStderr()}
+	run := func(p *poolClient, dir directory.Directory, dial core.Dial) error {
+		r.client, r.directory, r.dial = p, dir, dial
+		return r.run(cmd.Context())
+	}
+	if c.Directory.Address != "" {
+		err = a.withClient(cmd.Context(), source, cmd.ErrOrStderr(), func(cl *cluster, p *poolClient) error {
+			return run(p, cl.directory, core.DialControl(c.TLS.Credentials()))
+		})
+	} else {
+		err = r.embedded(cmd.Context(), c, f.nodes, uint64(poolSize), run)
+	}
+	if err != nil {
+		return err
+	}
+	if a.json {
+		err = printJSON(cmd.OutOrStdout(), r.result)
+	} else {
+		err = r.result.print(cmd.OutOrStdout())
+	}
+	switch {
+	case err != nil:
+		return err
+	case r.result.Mismatches > 0:
+		return &backend.Error{Code: backend.Integrity, Op: "replay", Text: fmt.Sprintf("%d blocks came back wrong", r.result.Mismatches)}
+	case r.result.Failed > 0:
+		return fmt.Errorf("%d keys failed; the first: %w", r.result.Failed, r.firstErr)
+	}
+	return nil
+}
+
+func parsePace(speed string) (float64, error) {
+	if speed == "max" {
+		return 0, nil
+	}
+	number, ok := strings.CutSuffix(speed, "x")
+	pace, err := strconv.ParseFloat(number, 64)
+	if !ok || err != nil || !(pace > 0 && pace < 1e6) {
+		return 0, fmt.Errorf("--speed %s: write max, or a multiple such as 1x or 10x", speed)
+	}
+	return pace, nil
+}
+
+// maxBlocks bounds the blocks of one request: a prompt of 16 million tokens.
+const maxBlocks = 1 << 15
+
+// readTrace reads the requests of a trace, gzip or plain.
+func readTrace(file string, limit int) ([]request, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	in := bufio.NewReaderSize(f, 1<<16)
+	var text io.Reader = in
+	if magic, _ := in.Peek(2); bytes.Equal(magic, []byte{0x1f, 0x8b}) {
+		if text, err = gzip.NewReader(in); err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+	}
+	lines := bufio.NewScanner(text)
+	lines.Buffer(nil, 16<<20)
+	var requests []request
+	n := 1
+	for ; (limit == 0 || len(requests) < limit) && lines.Scan(); n++ {
+		if len(bytes.TrimSpace(lines.Bytes())) == 0 {
+			continue
+		}
+		var r request
+		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+			// The last line of a file that is cut off is handed out before the reason why it is short.
+			return nil, fmt.Errorf("%s, line %d: %w", file, n, cmp.Or(lines.Err(), err))
+		}
+		if blocks := len(r.HashIDs); r.InputLength < 1 || blocks < 1 || blocks > maxBlocks {
+			return nil, fmt.Errorf("%s, line %d: %d tokens in %d blocks is no request", file, n, r.InputLength, blocks)
+		}
+		requests = append(requests, r)
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("%s, line %d: %w", file, n, err)
+	}
+	if len(requests) == 0 {
+		return nil, fmt.Errorf("%s holds no requests", file)
+	}
+	return requests, nil
+}
+
+// replayer replays a trace with one client.
+type replayer struct {
+	requests   []request
+	blockBytes int
+	pace       float64 // multiple of the trace's own; 0 waits for nothing
+	stderr     io.Writer
+
+	client    *poolClient
+	directory directory.Directory
+	dial      core.Dial
+
+	put, got  []byte // registered memory for the blocks of a request
+	want      []byte // what one block should be
+	gets      []time.Duration
+	puts      []time.Duration
+	tokens    int
+	hitTokens int
+	firstErr  error
+	result    replayResult
+}
+
+// embedded runs the replay on nodes within the process. Pages are as large as blocks where these are a power of
+// two, and the largest power of two that divides them otherwise.
+func (r *replayer) embedded(ctx context.Context, c *config.Config, nodes int, poolSize uint64, run func(*poolClient, directory.Directory, core.Dial) error) (err error) {
+	page := uint64(r.blockBytes & -r.blockBytes)
+	perNode := poolSize / uint64(nodes) / page * page
+	if perNode < uint64(r.blockBytes) {
+		return &usageError{fmt.Errorf("--pool-size %s: too small for a block of %d bytes on each of %d nodes", backend.Size(poolSize), r.blockBytes, nodes)}
+	}
+	e, err := openEmbedded(ctx, c, nodes, perNode, page, newLogger(r.stderr, quieter(c)))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, e.Close()) }()
+	return run(e.client, e.directory, core.DialLocal(nil, e.nodes...))
+}
+
+func (r *replayer) run(ctx context.Context) (err error) {
+	most := 0
+	for i := range r.requests {
+		most = max(most, len(r.requests[i].HashIDs))
+	}
+	for _, memory := range []*[]byte{&r.put, &r.got} {
+		buf, allocErr := r.client.Alloc(ctx, uint64(most*r.blockBytes))
+		if allocErr != nil {
+			return allocErr
+		}
+		defer func() { err = errors.Join(err, buf.Close(context.WithoutCancel(ctx))) }()
+		*memory = buf.Bytes()
+	}
+	r.want = make([]byte, r.blockBytes)
+
+	evicted, err := r.evictions(ctx)
+	if err != nil {
+		return err
+	}
+	bar := r.progress()
+	before, start := r.client.Stats(), time.Now()
+	defer bar.Finish()
+	for i := range r.requests {
+		if err := r.waitFor(ctx, start, r.requests[i].Timestamp-r.requests[0].Timestamp); err != nil {
+			return err
+		}
+		if err := r.serve(ctx, &r.requests[i]); err != nil {
+			return err
+		}
+		bar.Increment()
+	}
+	r.result.Seconds = time.Since(start).Seconds()
+	after := r.client.Stats()
+	now, err := r.evictions(ctx)
+	if err != nil {
+		return err
+	}
+	r.result.Requests = len(r.requests)
+	r.result.Evictions = max(now, evicted) - evicted // a node that has left took its count along
+	r.result.HitRatio = float64(r.hitTokens) / float64(r.tokens)
+	r.result.GiBPut = float64(bytesOf(after, "put")-bytesOf(before, "put")) / (1 << 30)
+	r.result.GiBGot = float64(bytesOf(after, "get")-bytesOf(before, "get")) / (1 << 30)
+	r.result.GetP50, r.result.GetP99 = percentile(r.gets, 50), percentile(r.gets, 99)
+	r.result.PutP50, r.result.PutP99 = percentile(r.puts, 50), percentile(r.puts, 99)
+	return nil
+}
+
+func bytesOf(s core.Snapshot, op string) uint64 {
+	i := slices.IndexFunc(s.Ops, func(o core.OpSnapshot) bool { return o.Op == op })
+	return s.Ops[i].Bytes
+}
+
+// progress returns a bar on a terminal, and something that prints nothing elsewhere.
+func (r *replayer) progress() *pb.ProgressBar {
+	bar := pb.New(len(r.requests))
+	bar.SetTemplateString(`{{counters . }} requests {{bar . }} {{percent . }} {{etime . }}{{rtime . " of %s"}}`)
+	f, ok := r.stderr.(*os.File)
+	if !ok || !isTerminal(f) {
+		return bar
+	}
+	return bar.SetWriter(f).Start()
+}
+
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// waitFor waits until it is time for a request, at the pace asked for.
+func (r *replayer) waitFor(ctx context.Context, start time.Time, millis int64) error {
+	if r.pace == 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(time.Until(start.Add(time.Duration(float64(millis) / r.pace * float64(time.Millisecond)))))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// serve does for one request what a serving engine does.
+func (r *replayer) serve(ctx context.Context, q *request) error {
+	// The same block may stand twice in a prompt; its second place is served by the first.
+	ids := slices.Clone(q.HashIDs)
+	// In a running cluster, the keys must not be those of others, nor of a replay with blocks of another size.
+	prefix := fmt.Sprintf("umbp-replay/%d/", r.blockBytes)
+	keys := make([]string, 0, len(ids))
+	distinct := ids[:0]
+	seen := make(map[uint64]bool, len(ids))
+	for _, id := range ids {
+		if !seen[id] {
+			seen[id] = true
+			distinct = append(distinct, id)
+			keys = append(keys, prefix+strconv.FormatUint(id, 10))
+		}
+	}
+	ids = distinct
+	r.tokens += q.InputLength
+	held, err := r.get(ctx, ids, keys)
+	if err != nil {
+		return err
+	}
+	hits := len(q.HashIDs)
+	if held < len(ids) {
+		hits = slices.Index(q.HashIDs, ids[held])
+	}
+	r.hitTokens += min(hits*tokensPerBlock, q.InputLength) // the last block may be partial
+	return r.store(ctx, ids[held:], keys[held:])
+}
+
+// get gets the longest prefix that the pool holds, checks it, and returns its length in blocks.
+func (r *replayer) get(ctx context.Context, ids []uint64, keys []string) (held int, err error) {
+	start := time.Now()
+	for _, e := range r.client.Exists(ctx, keys...) {
+		if e.Err != nil {
+			r.count(e)
+		}
+		if e.Status != core.Exists {
+			break
+		}
+		held++
+	}
+	if held == 0 {
+		return 0, ctx.Err()
+	}
+	items := make([]core.Item, held)
+	for i := range items {
+		items[i] = core.Item{Key: keys[i], Value: r.block(r.got, i)}
+	}
+	results := r.client.BatchGet(ctx, items)
+	r.gets = append(r.gets, time.Since(start))
+	for i, got := range results {
+		r.count(got)
+		if got.Status != core.Found {
+			held = min(held, i) // evicted meanwhile: the prefix ends here
+			continue
+		}
+		fillBlock(r.want, ids[i])
+		if got.Size != uint64(r.blockBytes) || !bytes.Equal(items[i].Value, r.want) {
+			r.result.Mismatches++
+		}
+	}
+	return held, ctx.Err()
+}
+
+func (r *replayer) store(ctx context.Context, ids []uint64, keys []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	items := make([]core.Item, len(ids))
+	for i, id := range ids {
+		items[i] = core.Item{Key: keys[i], Value: r.block(r.put, i)}
+		fillBlock(items[i].Value, id)
+	}
+	start := time.Now()
+	results := r.client.BatchPut(ctx, items)
+	r.puts = append(r.puts, time.Since(start))
+	for _, put := range results {
+		r.count(put)
+	}
+	return ctx.Err()
+}
+
+func (r *replayer) block(memory []byte, i int) []byte {
+	return memory[i*r.blockBytes : (i+1)*r.blockBytes : (i+1)*r.blockBytes]
+}
+
+// count counts what did not go well. An Integrity error is a mismatch that the client has found itself.
+func (r *replayer) count(result core.Result) {
+	switch {
+	case result.Err == nil:
+		return
+	case result.Status == core.Busy, result.Status == core.NoSpace:
+		r.result.Busy++
+		return
+	case backend.CodeOf(result.Err) == backend.Integrity:
+		r.result.Mismatches++
+	}
+	r.result.Failed++
+	if r.firstErr == nil {
+		r.firstErr = result.Err
+	}
+}
+
+// fillBlock makes the bytes of a block, which are a multiple of tokensPerBlock, from its id: a sequence that differs
+// from block to block in every word.
+func fillBlock(b []byte, id uint64) {
+	x := id*0x9e3779b97f4a7c15 + 1
+	for ; len(b) > 0; b = b[8:] {
+		x += 0x9e3779b97f4a7c15
+		binary.LittleEndian.PutUint64(b, x^x>>29)
+	}
+}
+
+// evictions adds up what the nodes have evicted.
+func (r *replayer) evictions(ctx context.Context) (uint64, error) {
+	nodes, err := r.directory.Nodes(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var sum uint64
+	for _, n := range nodes {
+		service, hangUp, err := r.dial(ctx, n)
+		if err != nil {
+			return 0, err
+		}
+		stats, err := service.Stats(ctx)
+		if err = errors.Join(err, hangUp()); err != nil {
+			return 0, err
+		}
+		sum += stats.Evictions
+	}
+	return sum, nil
+}
+
+// percentile returns the p-th percentile in milliseconds, and 0 for no durations.
+func percentile(d []time.Duration, p int) float64 {
+	if len(d) == 0 {
+		return 0
+	}
+	slices.Sort(d)
+	return float64(d[(len(d)-1)*p/100].Microseconds()) / 1000
+}
+
+func (r *replayResult) print(w io.Writer) error {
+	return printTable(w, []string{"REQUESTS", "HITS", "EVICTIONS", "PUT", "GOT", "GET P50", "GET P99", "PUT P50", "PUT P99", "BUSY", "FAILED", "MISMATCHES", "TIME"}, [][]string{{
+		strconv.Itoa(r.Requests), fmt.Sprintf("%.1f %% of tokens", 100*r.HitRatio), strconv.FormatUint(r.Evictions, 10),
+		fmt.Sprintf("%.2f GiB", r.GiBPut), fmt.Sprintf("%.2f GiB", r.GiBGot),
+		fmt.Sprintf("%.2f ms", r.GetP50), fmt.Sprintf("%.2f ms", r.GetP99), fmt.Sprintf("%.2f ms", r.PutP50), fmt.Sprintf("%.2f ms", r.PutP99),
+		strconv.Itoa(r.Busy), strconv.Itoa(r.Failed), strconv.Itoa(r.Mismatches), fmt.Sprintf("%.1f s", r.Seconds),
+	}})
+}
