@@ -1,0 +1,221 @@
+// Package pool_test runs the pool as it is run: nodes and the directory in processes of their own, the control plane
+// over gRPC, the bytes over the real backends. Processes are killed, connections are cut, ports are used again.
+//
+// The test binary is its own node: TestMain starts it again, with a role to play in the environment.
+package pool_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/control"
+	"github.com/umbp/umbp/core/directory"
+	"github.com/umbp/umbp/core/host"
+	"github.com/umbp/umbp/core/peer"
+	"github.com/umbp/umbp/core/region"
+	"github.com/umbp/umbp/core/selector"
+	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugins/shm"
+	"github.com/umbp/umbp/plugins/tcp"
+)
+
+// roleVariable holds the role of a process that TestMain has started.
+const roleVariable = "UMBP_TEST_ROLE"
+
+func TestMain(m *testing.M) {
+	if text := os.Getenv(roleVariable); text != "" {
+		if err := play(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// role says what a process does.
+type role struct {
+	Listen    string // of the control plane
+	Directory string // address of the directory; empty to serve it
+	Lease     time.Duration
+
+	Node     string // name; empty to lend no memory
+	Backends []string
+	Data     string // tcp: where to listen
+	Announce string // tcp: where to be reached; empty for Data
+	Sockets  string // shm: directory of the sockets
+	PoolSize uint64
+	LeaseTTL time.Duration
+}
+
+// ready is what a process tells when it serves.
+type ready struct {
+	Control string
+	Self    backend.Peer
+}
+
+// play is the life of a process: it serves until its standard input ends, which it does when the test ends, whatever
+// way that may be.
+func play(text string) error {
+	var r role
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		return err
+	}
+	ctx := context.Background()
+	server, err := control.Listen(r.Listen, nil, false)
+	if err != nil {
+		return err
+	}
+	defer server.Stop(ctx)
+	var dir directory.Directory
+	if r.Directory == "" {
+		memory := directory.NewMemory(directory.Options{TTL: r.Lease})
+		defer memory.Close()
+		directory.Register(server, memory)
+		dir = memory
+	} else {
+		conn, err := control.Connect(r.Directory, nil)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		dir = directory.NewClient(conn)
+	}
+	var node *core.Node
+	says := ready{Control: server.Address()}
+	if r.Node != "" {
+		engine, err := newEngine(ctx, r.Node, r.Backends, map[string]map[string]string{
+			"tcp": {"listen": r.Data, "advertise": r.Announce, "connect_timeout": "2s"}, "shm": {"socket_dir": r.Sockets},
+		})
+		if err != nil {
+			return err
+		}
+		defer engine.Close()
+		if node, err = core.NewNode(ctx, engine, core.NodeOptions{
+			Directory: dir, Address: server.Address(), PoolSize: r.PoolSize, PageSize: 4096, HugePages: region.HugePagesOff,
+			Limits: peer.Limits{LeaseTTL: r.LeaseTTL},
+		}); err != nil {
+			return err
+		}
+		defer node.Close(ctx)
+		peer.Register(server, node)
+		says.Self = engine.Self()
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve() }()
+	if node != nil {
+		if err := node.Start(ctx); err != nil {
+			return err
+		}
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(says); err != nil {
+		return err
+	}
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		server.Stop(ctx)
+	}()
+	return <-served
+}
+
+// newEngine opens the backends named, in the order of preference.
+func newEngine(ctx context.Context, name string, backends []string, options map[string]map[string]string) (*core.Engine, error) {
+	opts := core.EngineOptions{Node: name, Rules: []selector.Rule{{Prefer: backends[:1], Allow: backends[1:]}}, ConnectTimeout: 2 * time.Second}
+	for _, b := range backends {
+		i := slices.IndexFunc(factories, func(f backend.Factory) bool { return f.Name == b })
+		opts.Backends = append(opts.Backends, host.Spec{Factory: factories[i], Options: options[b]})
+	}
+	return core.NewEngine(ctx, opts)
+}
+
+var factories = []backend.Factory{shm.Factory, tcp.Factory}
+
+// process is one that the test has started.
+type process struct {
+	t    *testing.T
+	role role
+	cmd  *exec.Cmd
+	in   io.Closer
+	ready
+}
+
+// start starts a process and waits until it serves.
+func start(t *testing.T, r role) *process {
+	t.Helper()
+	text, err := json.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{t: t, role: r, cmd: exec.Command(os.Args[0])}
+	p.cmd.Env = append(os.Environ(), roleVariable+"="+string(text))
+	p.cmd.Stderr = os.Stderr
+	in, err := p.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.in = in
+	out, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	line, err := bufio.NewReader(out).ReadBytes('\n')
+	if err != nil {
+		t.Fatalf("process %+v does not come up: %v", r, err)
+	}
+	if err := json.Unmarshal(line, &p.ready); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// kill ends the process as a power cut would.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	p.cmd.Wait()
+	p.in.Close()
+}
+
+// restart starts the process again, on the same ports.
+func (p *process) restart() *process {
+	p.t.Helper()
+	p.kill()
+	r := p.role
+	r.Listen = p.Control
+	return start(p.t, r)
+}
+
+// stop lets the process leave in good order.
+func (p *process) stop() {
+	p.t.Helper()
+	p.in.Close()
+	if err := p.cmd.Wait(); err != nil {
+		p.t.Errorf("the process ends with %v", err)
+	}
+}
+
+// freePort returns an address whose port is free at present.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
