@@ -26,7 +26,7 @@ test: ## run all tests under the race detector, and each benchmark once
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 10m ./... > .cache/bench-once.log 2>&1 || { cat .cache/bench-once.log; exit 1; }
 
 lint: ## check format, vet, staticcheck, and that generated code and go.mod are current
-	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "gofmt the files above"; exit 1; }
+	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not as gofmt would have it: $$files"; exit 1; }
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) mod tidy -diff
