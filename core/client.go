@@ -279,11 +279,10 @@ func (c *PoolClient) node(ctx context.Context, info directory.Node) (*node, erro
 				c.mu.Lock()
 				delete(c.nodes, info.Peer)
 				c.mu.Unlock()
-			}
-			close(e.ready)
-			if e.err == nil {
+			} else {
 				c.forgetFormer(info.Peer)
 			}
+			close(e.ready)
 		}()
 	}
 	c.mu.Unlock()
