@@ -64,6 +64,24 @@ func (c *PoolClient) newBatch(items []Item, results []Result) *batch {
 	return b
 }
 
+// call runs f over the items that no node would refuse at sight, which are on the batch's list of what is to do, and
+// returns what became of all of them.
+func (c *PoolClient) call(ctx context.Context, op op, items []Item, f func(ctx context.Context, b *batch)) []Result {
+	results := make([]Result, len(items))
+	b := c.newBatch(items, results)
+	defer b.recycle()
+	b.check(op.String())
+	ctx, end, err := c.begin(ctx)
+	if err != nil {
+		b.failAll(op.String(), b.todo, err)
+		return results
+	}
+	defer end()
+	f(ctx, b)
+	c.stats.finish(op, results)
+	return results
+}
+
 // recycle gives back what the batch holds, and keeps the batch for another call.
 func (b *batch) recycle() {
 	b.dropParts()

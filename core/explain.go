@@ -82,13 +82,12 @@ func (c *PoolClient) explain(ctx context.Context, keys []string, sizes []uint64,
 	b.check("explain")
 	op := backend.Read
 	if sizes == nil {
-		err = b.explainPlaces(ctx)
+		b.explainPlaces(ctx)
 	} else {
 		op = backend.Write
-		err = b.assumePlaces(ctx, sizes)
-	}
-	if err != nil {
-		return nil, err
+		if err := b.assumePlaces(ctx, sizes); err != nil {
+			return nil, err
+		}
 	}
 	e := &Explanation{Explanation: &plan.Explanation{Op: op.String(), Shown: []plan.ExplainedGroup{}}, Assumed: sizes != nil}
 	for _, p := range b.parts {
@@ -141,15 +140,15 @@ func (b *batch) buffer() *region.Region {
 }
 
 // explainPlaces enters the runs of values that are in the pool.
-func (b *batch) explainPlaces(ctx context.Context) error {
+func (b *batch) explainPlaces(ctx context.Context) {
 	if !b.locateParts(ctx, "explain", b.todo) {
-		return nil
+		return
 	}
 	b.eachPart(func(p *part) { p.resolve(ctx, "explain") })
 	local, offset := b.buffer(), uint64(0)
 	for _, p := range b.parts {
 		b.failAll("explain", p.later, backend.Errorf(backend.Busy, "the node's answer had no room for it: explain fewer keys at once"))
-		if p.err != nil {
+		if p.node == nil || p.err != nil {
 			continue
 		}
 		p.meetRegions()
@@ -166,7 +165,6 @@ func (b *batch) explainPlaces(ctx context.Context) error {
 		}
 		p.releaseSoon(ctx)
 	}
-	return nil
 }
 
 // assumePlaces enters runs for values that are not in the pool, where the directory would place them.

@@ -27,30 +27,22 @@ func (c *PoolClient) Get(ctx context.Context, key string, into []byte) Result {
 // when ctx ends before; a context without a deadline gets the client's timeout. In the one case where a backend is
 // broken so badly that it does not even become quiet, the result is InDoubt, and the memory must not be used again.
 func (c *PoolClient) BatchGet(ctx context.Context, items []Item) []Result {
-	results := make([]Result, len(items))
-	b := c.newBatch(items, results)
-	defer b.recycle()
-	b.check("get")
-	ctx, end, err := c.begin(ctx)
-	if err != nil {
-		b.failAll("get", b.todo, err)
-		return results
-	}
-	defer end()
+	return c.call(ctx, opGet, items, func(ctx context.Context, b *batch) { b.get(ctx) })
+}
+
+func (b *batch) get(ctx context.Context) {
 	b.refuseOverlaps()
 	for len(b.todo) > 0 {
 		moved := b.getWave(ctx)
 		if err := b.over(ctx); err != nil {
 			b.failAll("get", b.later, err)
-			break
+			return
 		}
 		if !moved {
 			b.waitForStaging(ctx)
 		}
 		b.todo = append(b.todo[:0], b.later...)
 	}
-	c.stats.finish(opGet, results)
-	return results
 }
 
 // refuseOverlaps fails the items into whose memory another one's value would be written. Most batches show at the

@@ -74,26 +74,17 @@ func (c *PoolClient) Stat(ctx context.Context, keys ...string) []Result {
 	})
 }
 
+// onKeys runs a call about keys, as many at once as one call to a node may name.
 func (c *PoolClient) onKeys(ctx context.Context, op op, keys []string, f func(ctx context.Context, b *batch)) []Result {
 	items := make([]Item, len(keys))
 	for i, key := range keys {
 		items[i].Key = key
 	}
-	results := make([]Result, len(items))
-	b := c.newBatch(items, results)
-	defer b.recycle()
-	b.check(op.String())
-	ctx, end, err := c.begin(ctx)
-	if err != nil {
-		b.failAll(op.String(), b.todo, err)
-		return results
-	}
-	defer end()
-	for all := b.todo; len(all) > 0; {
-		n := min(len(all), peer.MaxKeys)
-		b.todo, all = all[:n], all[n:]
-		f(ctx, b)
-	}
-	c.stats.finish(op, results)
-	return results
+	return c.call(ctx, op, items, func(ctx context.Context, b *batch) {
+		for all := b.todo; len(all) > 0; {
+			n := min(len(all), peer.MaxKeys)
+			b.todo, all = all[:n], all[n:]
+			f(ctx, b)
+		}
+	})
 }

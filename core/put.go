@@ -24,31 +24,23 @@ func (c *PoolClient) Put(ctx context.Context, key string, value []byte) Result {
 // nothing reads the values any more, also when ctx ends before; a context without a deadline gets the client's
 // timeout.
 func (c *PoolClient) BatchPut(ctx context.Context, items []Item) []Result {
-	results := make([]Result, len(items))
-	b := c.newBatch(items, results)
-	defer b.recycle()
-	b.check("put")
+	return c.call(ctx, opPut, items, func(ctx context.Context, b *batch) { b.put(ctx) })
+}
+
+func (b *batch) put(ctx context.Context) {
 	for _, i := range b.todo {
-		if len(items[i].Value) == 0 {
+		if len(b.items[i].Value) == 0 {
 			b.fail("put", i, backend.Errorf(backend.BadRequest, "the value is empty"))
 		}
 	}
 	b.todo = b.alive(b.todo)
-	ctx, end, err := c.begin(ctx)
-	if err != nil {
-		b.failAll("put", b.todo, err)
-		return results
-	}
-	defer end()
 	for len(b.todo) > 0 && b.stagePut(ctx) {
 		b.putWave(ctx)
 		if err := b.over(ctx); err != nil {
 			b.failAll("put", b.todo, err)
-			break
+			return
 		}
 	}
-	c.stats.finish(opPut, results)
-	return results
 }
 
 // stagePut makes the next wave: the items that lie in registered memory, and as many others as the staging memory

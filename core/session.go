@@ -75,6 +75,10 @@ func (s *Session) Read(ctx context.Context, segments []backend.Segment) Report {
 }
 
 func (s *Session) move(ctx context.Context, op backend.Op, segments []backend.Segment) Report {
+	report := Report{Outcomes: make([]backend.Outcome, len(segments)), Path: Path{Node: s.remote.Peer.Node}}
+	if report.Err = s.check(segments); report.Err != nil {
+		return report
+	}
 	m, _ := s.moves.Get().(*sessionMove)
 	if m == nil {
 		m = &sessionMove{}
@@ -84,10 +88,6 @@ func (s *Session) move(ctx context.Context, op backend.Op, segments []backend.Se
 		m.runs = append(m.runs, plan.Run{
 			Key: uint32(i), LocalOffset: seg.Local, RemoteOffset: seg.Remote, Length: seg.Length,
 		})
-	}
-	report := Report{Outcomes: make([]backend.Outcome, len(segments)), Path: Path{Node: s.remote.Peer.Node}}
-	if report.Err = s.check(segments); report.Err != nil {
-		return report
 	}
 	p, err := m.planner.Plan(op, m.runs, s.engine.dispatcher.Limits())
 	if err != nil {

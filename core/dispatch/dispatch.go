@@ -58,6 +58,7 @@ type Backend struct {
 type Dispatcher struct {
 	opts     Options
 	counters []Counters // by backend
+	limits   backend.Limits
 	attempts atomic.Int32
 
 	// sessions is immutable; a change replaces it. Looking one up takes no lock.
@@ -116,6 +117,11 @@ func New(opts Options) *Dispatcher {
 		endpoints: make(map[endpointKey]*pending[*endpoint]),
 		opening:   make(map[sessionKey]*pending[*session]),
 	}
+	for _, b := range opts.Backends {
+		if b.Backend != nil {
+			d.limits = d.limits.Tighten(b.Backend.Info().Capabilities.Limits)
+		}
+	}
 	d.SetAttempts(opts.Attempts)
 	d.sessions.Store(&pathmap.Map[*session]{})
 	d.ctx, d.stop = context.WithCancel(context.Background())
@@ -132,15 +138,7 @@ func (d *Dispatcher) SetAttempts(n int) {
 
 // Limits returns the limits that every backend of the process can keep: groups planned within them can go any
 // way, and be sent again another way.
-func (d *Dispatcher) Limits() backend.Limits {
-	var limits backend.Limits
-	for _, b := range d.opts.Backends {
-		if b.Backend != nil {
-			limits = limits.Tighten(b.Backend.Info().Capabilities.Limits)
-		}
-	}
-	return limits
-}
+func (d *Dispatcher) Limits() backend.Limits { return d.limits }
 
 // Counters returns the counters of the backend of that number.
 func (d *Dispatcher) Counters(b int) *Counters { return &d.counters[b] }

@@ -57,6 +57,11 @@ type Result struct {
 	Fence bool
 }
 
+// cancelled says that the group was not tried any further, and why, before what had gone wrong until then.
+func (t *trouble) cancelled(cause error) {
+	t.err = &backend.Error{Code: backend.Cancelled, Err: fmt.Errorf("%w: %w", cause, t.err)}
+}
+
 // ErrNotQuiet says that a cancelled transfer did not end within Options.QuietTimeout. Its memory may still be
 // touched: it must not be used again, and neither must the job.
 var ErrNotQuiet = errors.New("a backend did not become quiet after a transfer was cancelled")
@@ -163,14 +168,14 @@ func (d *Dispatcher) choose(g *group, now time.Time) ways {
 	g.choice = d.opts.Select.SelectBackend(selector.Query{
 		Local: g.local(), Remote: g.remote(), Op: g.job.Plan.Op, Bytes: g.plan().Bytes, Now: now,
 	})
-	switch {
-	case len(g.choice.Order) > 0:
+	if len(g.choice.Order) > 0 {
 		return someWay
-	case g.trouble == nil && !g.choice.Until.IsZero() && g.choice.Until.Sub(now) <= patience:
-		g.fails().err = noWay(g.choice, g.remote())
+	}
+	waited := g.trouble != nil
+	g.fails().err = noWay(g.choice, g.remote())
+	if until := g.choice.Until; !waited && !until.IsZero() && until.Sub(now) <= patience {
 		return noWayNow
 	}
-	g.fails().err = noWay(g.choice, g.remote())
 	g.end()
 	return noWayAtAll
 }
@@ -197,7 +202,7 @@ func (d *Dispatcher) retryParked(ctx context.Context, j *Job) {
 // endParked ends the groups that wait for an outage to end.
 func (j *Job) endParked(ctx context.Context) {
 	for _, g := range j.parked {
-		g.trouble.err = &backend.Error{Code: backend.Cancelled, Err: fmt.Errorf("%w: %w", j.over(ctx), g.trouble.err)}
+		g.trouble.cancelled(j.over(ctx))
 		g.end()
 	}
 	j.parked = j.parked[:0]
@@ -356,7 +361,7 @@ func (d *Dispatcher) settle(ctx context.Context, j *Job) {
 			g.trouble.err = nil // the backend complained, but every segment is done
 			g.end()
 		case cause != nil:
-			g.trouble.err = &backend.Error{Code: backend.Cancelled, Err: fmt.Errorf("%w: %w", cause, g.trouble.err)}
+			g.trouble.cancelled(cause)
 			d.giveUp(g)
 		case !d.nextWay(g):
 			d.giveUp(g)
