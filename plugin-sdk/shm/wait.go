@@ -1,0 +1,109 @@
+package shm
+
+import (
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSpin is how long a receiver looks for the next record before it sleeps, while looking pays. It is about twice
+// what it takes to be woken.
+const maxSpin = 50 * time.Microsecond
+
+// pace decides whether to look before sleeping. Looking saves both ends a system call and the time to be woken, and
+// costs a processor for as long as it lasts. So a receiver looks only as long as half of its looks find something.
+// One that has stopped tries again when it has slept so shortly, several times in a row, that looks might have found
+// what ended the sleeps; each attempt that fails doubles how often. An idle receiver never looks.
+type pace struct {
+	credit int // of looks that found something against those that did not
+	short  int // short sleeps in a row
+	wanted int // short sleeps that are followed by an attempt
+}
+
+const (
+	maxCredit  = 8
+	tryCredit  = 4 // of an attempt: the first looks make the scheduler find a processor for each end
+	minShort   = 8
+	maxShort   = 256
+	shortSleep = 2 * maxSpin // being woken is part of it
+)
+
+func (p *pace) looks() bool { return p.credit > 0 }
+
+func (p *pace) found() {
+	if p.credit < maxCredit {
+		p.credit++
+	} else {
+		p.wanted = minShort
+	}
+}
+
+func (p *pace) missed() {
+	if p.credit--; p.credit == 0 {
+		p.short, p.wanted = 0, min(2*p.wanted, maxShort)
+	}
+}
+
+// slept is told how long the receiver has slept without having looked.
+func (p *pace) slept(d time.Duration) {
+	if d > shortSleep {
+		p.short = 0
+	} else if p.short++; p.short >= p.wanted {
+		p.credit = tryCredit
+	}
+}
+
+// wait returns when there may be something to receive, or the queue is closed. The caller holds receiver.mu.
+func (q *Queue) wait() {
+	r := &q.receiver
+	start := time.Now()
+	looked := r.pace.looks()
+	if looked {
+		if q.spin(start) {
+			r.pace.found()
+			return
+		}
+		r.pace.missed()
+	}
+	r.dozing = false
+	_ = q.wakeConn.Read(q.doze) // it fails when the queue has been closed
+	q.sleeping.Store(0)
+	if !looked {
+		r.pace.slept(time.Since(start))
+	}
+}
+
+// spin looks for a record for a while, and tells whether it may have found one.
+func (q *Queue) spin(start time.Time) bool {
+	taken := q.receiver.taken
+	for time.Since(start) < maxSpin {
+		for range 64 {
+			if q.sharedSent.Load() != taken {
+				return true
+			}
+		}
+		if q.closed.Load() {
+			return true
+		}
+		runtime.Gosched() // whoever is to act on what was received may run on this processor
+	}
+	return false
+}
+
+// dozeOn is called with the eventfd until it returns true: at first, and whenever the eventfd has become readable. It
+// announces the sleep before it looks for records one last time, and a sender publishes before it looks for sleepers,
+// so that at least one of them sees the other.
+func (q *Queue) dozeOn(fd uintptr) bool {
+	r := &q.receiver
+	if r.dozing {
+		return true
+	}
+	r.dozing = true
+	// Empties the eventfd before anybody is asked to write to it: the poller reports changes only, and one that is
+	// full would not change.
+	var count [8]byte
+	_, _ = unix.Read(int(fd), count[:])
+	q.sleeping.Store(1)
+	return q.sharedSent.Load() != r.taken
+}
