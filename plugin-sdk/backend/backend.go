@@ -238,10 +238,26 @@ type Session interface {
 	Close() error
 }
 
+// PostWaiter is implemented by sessions that complete a transfer sooner when the goroutine that posts it lends a hand.
+// It is optional: a host that knows only Post, or a wrapper that hides this, loses nothing but time.
+type PostWaiter interface {
+	// PostWait is Post, for a caller that has nothing else to do until the transfer completes. It may use the calling
+	// goroutine to carry out the transfer, but no longer than MaxPostWait. What it returns says what it says of Post:
+	// the completion goes to the sink, before or after PostWait returns. It must not be called from within
+	// Sink.Complete.
+	PostWait(t Transfer) error
+}
+
+// MaxPostWait is how long PostWait may keep its caller, give or take what the system adds to every timer.
+const MaxPostWait = 10 * time.Millisecond
+
 // Factory opens a backend.
 type Factory struct {
 	// Name is how configurations, results and metrics call the backend: lower-case letters, digits and dashes.
 	Name string
+	// Info is what the backend's Info says when it is opened with default options, for tools that describe a backend
+	// without opening it. Nil where only opening tells.
+	Info *Info
 	// Options is the schema of Config.Options.
 	Options []Option
 	// Open starts the backend. The context bounds starting only.
@@ -260,6 +276,11 @@ type Config struct {
 	Insecure bool
 	// Log receives what an operator should know. Nothing is logged for a transfer that succeeds. May be nil.
 	Log Logger
+	// Posted returns nil when everything that the host has posted before the call has been handed to Session.Post. It is
+	// nil where that is always so. It is set in a process of its own, where what the host has posted may still be on its
+	// way. Only a Fence that leaves the peer's endpoints intact needs it, at the peer: before the peer says that all it
+	// had posted is through.
+	Posted func(ctx context.Context) error
 }
 
 // Logger is the part of hclog.Logger and of slog.Logger that backends use: a message, then pairs of key and

@@ -61,6 +61,7 @@ func (n *Network) open(_ context.Context, cfg backend.Config) (backend.Backend, 
 	b := &end{
 		network:   n,
 		self:      cfg.Self,
+		posted:    cfg.Posted,
 		window:    cfg.Options.Int("window"),
 		regions:   map[backend.RegionID]*region{},
 		endpoints: map[*endpoint]struct{}{},
@@ -84,6 +85,7 @@ func refuse(code backend.Code, op string, peer backend.Peer, text string) *backe
 type end struct {
 	network *Network
 	self    backend.Peer
+	posted  func(context.Context) error // nil when there is nothing to wait for; see backend.Config
 	window  int
 	// secret never leaves this end. Keys and answers are sealed with it: whoever shows one has got it from here,
 	// and this end has nothing to remember about those it gave out.
@@ -253,11 +255,16 @@ func (b *end) connections() []*endpoint {
 }
 
 // Fence implements backend.Backend. Nothing has to be broken for it: this end sees the queues of its peers, and
-// waits for what is in them now.
+// waits for what is in them, or is on its way to them, now.
 func (b *end) Fence(ctx context.Context, peer backend.Peer) error {
 	for _, e := range b.connections() {
 		if e.to != b || addressOf(e.from.self) != addressOf(peer) {
 			continue
+		}
+		if e.from.posted != nil {
+			if err := e.from.posted(ctx); err != nil {
+				return err
+			}
 		}
 		if err := e.wait(ctx, e.last()); err != nil {
 			return err

@@ -13,6 +13,15 @@ func touch(b []byte) { pattern(b, 1) }
 
 // benchmarkTransfer posts one transfer after the other.
 func benchmarkTransfer(b *testing.B, size int, transfer backend.Transfer) {
+	benchmarkPosts(b, size, func(s *session) error { return s.Post(transfer) })
+}
+
+// benchmarkLone is benchmarkTransfer for a goroutine that has nothing else to do.
+func benchmarkLone(b *testing.B, size int, transfer backend.Transfer) {
+	benchmarkPosts(b, size, func(s *session) error { return s.PostWait(transfer) })
+}
+
+func benchmarkPosts(b *testing.B, size int, post func(s *session) error) {
 	p := newPair(b, size, nil)
 	touch(p.near)
 	touch(p.far)
@@ -21,7 +30,7 @@ func benchmarkTransfer(b *testing.B, size int, transfer backend.Transfer) {
 	b.SetBytes(int64(size))
 	b.ReportAllocs()
 	for b.Loop() {
-		if err := s.Post(transfer); err != nil {
+		if err := post(s); err != nil {
 			b.Fatal(err)
 		}
 		<-w.done
@@ -124,11 +133,13 @@ func BenchmarkRead256x4KiB(b *testing.B) {
 func BenchmarkRead4KiB(b *testing.B) {
 	b.Run("bare", func(b *testing.B) { benchmarkBare(b, 4096, requestSize+spanSize, replySize+4096) })
 	b.Run("umbp", func(b *testing.B) { benchmarkTransfer(b, 4096, read(1, evenly(1, 4096)...)) })
+	b.Run("lone", func(b *testing.B) { benchmarkLone(b, 4096, read(1, evenly(1, 4096)...)) })
 }
 
 func BenchmarkWrite4KiB(b *testing.B) {
 	b.Run("bare", func(b *testing.B) { benchmarkBare(b, 4096, requestSize+spanSize+4096, replySize) })
 	b.Run("umbp", func(b *testing.B) { benchmarkTransfer(b, 4096, write(1, evenly(1, 4096)...)) })
+	b.Run("lone", func(b *testing.B) { benchmarkLone(b, 4096, write(1, evenly(1, 4096)...)) })
 }
 
 func BenchmarkPipelined4KiB(b *testing.B) {

@@ -58,7 +58,11 @@ func TestEveryTransferCompletesOnce(t *testing.T) {
 								transfer.Op = backend.Read // of memory that nobody writes: see the package comment on cancelling
 								transfer.Segments[0].Remote += posters * 64 << 10
 							}
-							err := s.Post(transfer)
+							post := s.Post
+							if random.IntN(2) == 0 {
+								post = s.PostWait
+							}
+							err := post(transfer)
 							if accepted[cookie] = err == nil; err != nil {
 								continue
 							}

@@ -13,6 +13,12 @@
 //	  └────── idle and small: one try on the caller's own goroutine ──┘                        │
 //	Sink.Complete ◄── reader goroutine ◄──────────────────── socket ◄──────────────────────────┘
 //
+// PostWait receives the reply to a small transfer that is alone on its connection, without TLS, on the goroutine of its
+// caller: handing it from one goroutine to another takes as long as the network does over loopback. So the right to
+// receive changes hands. The reader goroutine lays it down once it sees that posters wait. It takes it back for any
+// other transfer, from a poster whose reply does not come soon, and when nobody has used it for some milliseconds: the
+// end of the connection, or a wish for a flush, is to be noticed then, too.
+//
 // The target serves a connection with one goroutine, which does not read while it sends the payload of a Read.
 // That cannot deadlock, because the initiator's reader never waits for the initiator's writer: it always drains.
 //
@@ -28,7 +34,8 @@
 //
 // Fence is an exchange, too, so that it does not cost the peer its endpoint: on each connection, the target asks for
 // a flush, and the initiator sends it behind everything that was posted by then. When the target meets the flush, it
-// has carried out all of that. A connection whose flush does not come within a second is aborted, which is as quiet.
+// has carried out all of that. In a process of its own the initiator first waits for the posts that are still on their
+// way from its host. A connection whose flush does not come within a second is aborted, which is as quiet.
 // Grants, and endpoints that are still being set up, have carried nothing, and stay.
 //
 // # Handshake

@@ -37,14 +37,15 @@ type flight struct {
 	spans   []span // local ranges
 	total   uint64 // bytes
 	lane    *lane
+	alone   bool // it is small, its poster waits for it, and nothing else was on the lane
 
 	out cursor // what has still to be sent; it belongs to whoever sends on the lane
-	in  cursor // what a Read has still to receive; it belongs to the lane's reader
+	in  cursor // what a Read has still to receive; it belongs to whoever receives on the lane
 
 	// Guarded by endpoint.mu.
 	state     flightState
 	sent      bool // the request is entirely with the kernel, and out is not used any more
-	receiving bool // the reader is storing the payload of a Read, and completes it if it is cancelled
+	receiving bool // the payload of a Read is being stored, by one that completes it if it is cancelled
 	answered  bool // the reply is here
 	cancelled bool
 	abandoned bool           // a Read that has completed as cancelled; only (the rest of) its reply is awaited
@@ -74,7 +75,7 @@ func (t *transport) newEndpoint(peer backend.Peer, streams []*stream) (backend.E
 		e.free[i] = &e.flights[i]
 	}
 	for _, s := range streams {
-		e.lanes = append(e.lanes, &lane{e: e, stream: s, wake: make(chan struct{}, 1)})
+		e.lanes = append(e.lanes, &lane{e: e, stream: s, wake: make(chan struct{}, 1), recall: make(chan struct{}, 1)})
 	}
 	t.mu.Lock()
 	closed := t.closed

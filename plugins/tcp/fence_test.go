@@ -271,3 +271,46 @@ func TestFenceIsBoundedByItsContext(t *testing.T) {
 	}
 	s.close(true)
 }
+
+// TestFlushGathersWhatIsOnItsWay plays the host of a backend in a process of its own: posts that have not arrived when
+// the target asks go ahead of the flush, and where they never come, no flush does.
+func TestFlushGathersWhatIsOnItsWay(t *testing.T) {
+	asked := make(chan chan error)
+	rt := newRawTargetFor(t, 64, config{change: func(c *backend.Config) {
+		c.Posted = func(context.Context) error {
+			answer := make(chan error)
+			asked <- answer
+			return <-answer
+		}
+	}})
+	got := make([]byte, requestSize)
+	expect := func(op backend.Op, id uint64) {
+		t.Helper()
+		rt.readFull(t, got)
+		if r, err := parseRequest(got); err != nil || r.op != op || r.id != id {
+			t.Fatalf("got %+v, %v; want operation %d, id %d", r, err, op, id)
+		}
+	}
+	rt.reply(t, reply{code: statusFlush, id: 5})
+	first := <-asked
+	rt.reply(t, reply{code: statusFlush, id: 6}) // while it gathers for the one before
+	if err := rt.session.Post(write(0, evenly(1, 64)...)); err != nil {
+		t.Fatal(err)
+	}
+	expect(backend.Write, 1)
+	rt.readFull(t, make([]byte, spanSize+64))
+	rt.reply(t, reply{id: 1})
+	rt.completions.collect(t, 1)
+	first <- nil
+	expect(opFlush, 5)
+	second := <-asked // more may have been posted before 6 was asked for
+	second <- nil
+	expect(opFlush, 6)
+
+	rt.reply(t, reply{code: statusFlush, id: 7})
+	(<-asked) <- errors.New("the host does not answer")
+	if err := rt.session.Post(write(1, evenly(1, 64)...)); err != nil {
+		t.Fatal(err)
+	}
+	expect(backend.Write, 2) // and no flush before it
+}

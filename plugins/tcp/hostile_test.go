@@ -198,25 +198,35 @@ func TestHostileTarget(t *testing.T) {
 		"reserved byte":   func(id uint64) []byte { b := appendReply(nil, reply{id: id, bytes: 64}); b[6] = 1; return b },
 	}
 	for name, answer := range tests {
-		t.Run(name, func(t *testing.T) {
-			rt := newRawTarget(t, 128, nil)
-			if err := rt.session.Post(read(1, backend.Segment{Length: 64})); err != nil {
-				t.Fatal(err)
-			}
-			id := rt.readRequest(t).id
-			if _, err := rt.conn.Write(answer(id)); err != nil {
-				t.Fatal(err)
-			}
-			c := rt.completions.next(t)
-			wantCode(t, c.Err, backend.PathDown)
-			if !strings.Contains(c.Err.Error(), "protocol") {
-				t.Errorf("the error does not name the cause: %v", c.Err)
-			}
-			wantAll(t, c.Outcomes, 1, backend.Failed)
-			if !bytes.Equal(rt.near[64:], make([]byte, 64)) {
-				t.Error("memory outside the transfer has changed")
-			}
-		})
+		for how, post := range map[string]func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received{
+			"to the reader": func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received {
+				if err := rt.session.Post(transfer); err != nil {
+					t.Fatal(err)
+				}
+				return rt.readRequest(t)
+			},
+			"to the poster": func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received {
+				r, _ := rt.lead(t, transfer)
+				return r
+			},
+		} {
+			t.Run(name+" "+how, func(t *testing.T) {
+				rt := newRawTarget(t, 128, nil)
+				id := post(t, rt, read(1, backend.Segment{Length: 64})).id
+				if _, err := rt.conn.Write(answer(id)); err != nil {
+					t.Fatal(err)
+				}
+				c := rt.completions.next(t)
+				wantCode(t, c.Err, backend.PathDown)
+				if !strings.Contains(c.Err.Error(), "protocol") {
+					t.Errorf("the error does not name the cause: %v", c.Err)
+				}
+				wantAll(t, c.Outcomes, 1, backend.Failed)
+				if !bytes.Equal(rt.near[64:], make([]byte, 64)) {
+					t.Error("memory outside the transfer has changed")
+				}
+			})
+		}
 	}
 	t.Run("reply to nothing", func(t *testing.T) {
 		rt := newRawTarget(t, 64, nil)

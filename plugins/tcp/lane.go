@@ -1,9 +1,7 @@
 package tcp
 
 import (
-	"errors"
-	"os"
-	"strconv"
+	"context"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
@@ -12,21 +10,31 @@ import (
 // writer does.
 const inlineBytes = 64 << 10
 
-// lane is one connection of an endpoint. Its reader goroutine receives the replies. The right to send is held by
-// one goroutine at a time: by the writer, or, where the lane is idle and the frame small, by the one that posts.
+// lane is one connection of an endpoint. The right to send is held by one goroutine at a time: by the writer, or,
+// where the lane is idle and the frame small, by the one that posts. So is the right to receive: see receiver.
 type lane struct {
 	e      *endpoint
 	stream *stream
 	wake   chan struct{} // hands the right to send to the writer
 	rest   *flight       // what a poster could not send entirely, handed over with the right
+	recall chan struct{} // hands the right to receive to the reader
+
+	// Of the one that receives.
+	reply  reply // the last one, whose header has come
+	midway bool  // its payload has not, entirely
 
 	// Guarded by endpoint.mu.
-	writing    bool       // somebody holds the right to send, or it is in wake
-	load       uint64     // bytes of the transfers that are queued or awaited
-	queued     flightList // not begun
-	awaiting   flightList // begun, in the order in which the replies have to come
-	flush      flight     // of no transfer: it answers flushAsked, behind all that was posted before
-	flushAsked uint64     // the last flush that the target has asked for
+	receiver    receiver
+	turns       uint64     // how often a poster has taken the right to receive
+	evicted     bool       // the poster that receives was interrupted, so that it hands over
+	writing     bool       // somebody holds the right to send, or it is in wake
+	load        uint64     // bytes of the transfers that are queued or awaited
+	queued      flightList // not begun
+	awaiting    flightList // begun, in the order in which the replies have to come
+	flush       flight     // of no transfer: it answers flushAsked, behind all that was posted before
+	flushAsked  uint64     // the last flush that may be sent
+	flushWanted uint64     // the last flush that the target has asked for, where posts are gathered first
+	gathering   bool       // gather runs
 }
 
 // flightList is a queue of flights.
@@ -64,8 +72,9 @@ func (l *flightList) remove(f *flight) {
 }
 
 // submit sends a flight on its way over the lane with the least to do. It refuses where the endpoint has failed,
-// or the session or the region was closed, since the flight was taken; the flight is the caller's then.
-func (e *endpoint) submit(f *flight) *backend.Error {
+// or the session or the region was closed, since the flight was taken; the flight is the caller's then. A caller that
+// waits for the flight to complete may have to receive its reply, before submit returns.
+func (e *endpoint) submit(f *flight, waits bool) *backend.Error {
 	e.mu.Lock()
 	if err := f.session.refusal(); err != nil {
 		e.mu.Unlock()
@@ -82,18 +91,24 @@ func (e *endpoint) submit(f *flight) *backend.Error {
 	}
 	f.lane = l
 	l.load += f.total
+	inline := !l.writing && f.out.left <= inlineBytes && l.stream.tls == nil
+	f.alone = waits && inline && f.total <= inlineBytes && l.awaiting.first == nil
+	leads := l.enlist(f)
 	switch {
 	case l.writing:
 		f.state = queued
 		l.queued.push(f)
 		e.mu.Unlock()
-	case f.out.left <= inlineBytes && l.stream.tls == nil:
+	case inline:
 		l.writing = true
 		f.state = begun
 		l.awaiting.push(f)
 		e.running.Add(1)
 		e.mu.Unlock()
 		l.sendInline(f)
+		if leads {
+			l.lead()
+		}
 		e.running.Done()
 	default:
 		l.writing = true
@@ -193,8 +208,47 @@ func (l *lane) nextQueued() *flight {
 	return f
 }
 
-// answerFlush has the flush sent once everything that is queued now has been: see served.fence.
+// answerFlush has the flush sent once everything that was posted before it was asked for has been: see served.fence.
+// Where posts can still be on their way from the host, it waits for those first.
 func (l *lane) answerFlush(id uint64) {
+	if l.e.t.posted == nil {
+		l.sendFlush(id)
+		return
+	}
+	l.e.mu.Lock()
+	defer l.e.mu.Unlock()
+	l.flushWanted = id
+	if !l.gathering {
+		l.gathering = true
+		l.e.running.Go(l.gather) // the caller is counted, too
+	}
+}
+
+// gather waits for the posts that are on their way, and has the flush sent behind them. Where they do not come, no flush
+// does, and the target aborts the connection.
+func (l *lane) gather() {
+	for {
+		l.e.mu.Lock()
+		id := l.flushWanted
+		l.e.mu.Unlock()
+		ctx, cancel := context.WithTimeout(l.e.t.ctx, l.e.t.settings.fenceGrace)
+		err := l.e.t.posted(ctx)
+		cancel()
+		if err == nil {
+			l.sendFlush(id)
+		}
+		l.e.mu.Lock()
+		l.gathering = l.flushWanted != id // another was asked for meanwhile, and more may have been posted before
+		again := l.gathering
+		l.e.mu.Unlock()
+		if !again {
+			return
+		}
+	}
+}
+
+// sendFlush has the flush sent once everything that is queued now has been.
+func (l *lane) sendFlush(id uint64) {
 	l.e.mu.Lock()
 	l.flushAsked = id
 	if l.flush.state == idle {
@@ -215,102 +269,6 @@ func (l *lane) queueFlush() {
 	f.head = appendRequest(f.head[:0], request{op: opFlush, id: f.id})
 	f.out = newCursor(f.head, nil, nil, 0)
 	l.queued.push(f)
-}
-
-// read is the reader goroutine. It never waits for a writer, so that a target that is blocked in sending gets on,
-// and reads again.
-func (l *lane) read() {
-	for {
-		if err := l.readReply(); err != nil {
-			l.e.fail(err)
-			return
-		}
-	}
-}
-
-// readReply receives one reply. What it says is untrusted: it can only answer the oldest flight, with what that
-// has asked for.
-func (l *lane) readReply() error {
-	b, err := l.stream.peek(replySize)
-	if err != nil {
-		return err
-	}
-	r, err := parseReply(b)
-	if err != nil {
-		return err
-	}
-	l.stream.consume(replySize)
-	if r.code == statusFlush {
-		l.answerFlush(r.id)
-		return nil
-	}
-
-	l.e.mu.Lock()
-	f := l.awaiting.first
-	awaited := f != nil && f.id == r.id
-	if awaited {
-		f.receiving = r.code == 0 && f.op == backend.Read && !f.abandoned
-	}
-	l.e.mu.Unlock()
-	if !awaited {
-		return protocolError("a reply to request %d is not the one awaited", r.id)
-	}
-	var refusal *backend.Error
-	switch {
-	case r.code != 0:
-		text, err := l.stream.peek(int(r.bytes))
-		if err != nil {
-			return midFrame(err)
-		}
-		refusal = &backend.Error{Code: r.code, Backend: name, Op: f.op.String(), Peer: l.e.peer,
-			Region: f.session.remote.Region, Text: "the target says " + strconv.Quote(string(text))}
-		l.stream.consume(int(r.bytes))
-	case r.bytes != f.in.left:
-		return protocolError("a reply carries %d bytes, not %d", r.bytes, f.in.left)
-	case f.op == backend.Read:
-		if err := l.receive(f); err != nil {
-			return err
-		}
-	}
-
-	l.e.mu.Lock()
-	l.awaiting.pop()
-	f.answered, f.refusal = true, refusal
-	finish := f.sent
-	if finish {
-		f.state = ending
-	}
-	l.e.mu.Unlock()
-	if finish {
-		l.e.finish(f)
-	}
-	return nil
-}
-
-// receive stores the payload of a Read where it belongs, and throws away what comes once the Read is cancelled.
-func (l *lane) receive(f *flight) error {
-	if f.abandoned { // nobody changes it in a flight that the reader has in hand
-		return l.stream.discard(f.in.left)
-	}
-	err := l.stream.receive(&f.in)
-	l.e.mu.Lock()
-	f.receiving = false // from here on, Cancel does not interrupt
-	interrupted := f.cancelled
-	l.e.mu.Unlock()
-	if !interrupted || err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return err
-	}
-	if err := l.stream.resume(); err != nil {
-		return err
-	}
-	if err == nil {
-		return nil // everything was there already
-	}
-	l.e.mu.Lock()
-	c := f.abandon()
-	l.e.mu.Unlock()
-	f.session.deliver(c)
-	return l.stream.discard(f.in.left)
 }
 
 // finish completes a flight that was sent and answered.

@@ -195,7 +195,7 @@ func (c *served) readTable(r request, target *region) (refusal *backend.Error, e
 // refuse skips the payload, so that the connection stays usable, and says why.
 func (c *served) refuse(r request, refusal *backend.Error) error {
 	if r.op == backend.Write {
-		if err := c.stream.discard(r.total); err != nil {
+		if err := c.stream.discard(&r.total); err != nil {
 			return err
 		}
 	}

@@ -66,7 +66,13 @@ func (s *session) fault(code backend.Code, op, text string) *backend.Error {
 }
 
 // Post implements backend.Session.
-func (s *session) Post(t backend.Transfer) error {
+func (s *session) Post(t backend.Transfer) error { return s.post(t, false) }
+
+// PostWait implements backend.PostWaiter. The caller of a small transfer, on a lane where nothing else is awaited,
+// receives the reply itself.
+func (s *session) PostWait(t backend.Transfer) error { return s.post(t, true) }
+
+func (s *session) post(t backend.Transfer, waits bool) error {
 	total, err := s.check(&t)
 	if err != nil {
 		return err
@@ -80,7 +86,7 @@ func (s *session) Post(t backend.Transfer) error {
 		return err
 	}
 	s.fill(f, &t, total)
-	if err := s.e.submit(f); err != nil {
+	if err := s.e.submit(f, waits); err != nil {
 		s.e.mu.Lock()
 		s.e.recycle(f)
 		s.e.mu.Unlock()

@@ -218,15 +218,18 @@ func (s *stream) peek(n int) ([]byte, error) {
 // consume goes on after n bytes that were peeked at.
 func (s *stream) consume(n int) { s.first += n }
 
-// discard skips n bytes.
-func (s *stream) discard(n uint64) error {
-	for n > 0 {
+// drained tells whether nothing that was read ahead is left.
+func (s *stream) drained() bool { return s.first == s.last }
+
+// discard skips n bytes, and counts n down.
+func (s *stream) discard(n *uint64) error {
+	for *n > 0 {
 		if _, err := s.peek(1); err != nil {
 			return midFrame(err)
 		}
-		k := min(n, uint64(s.last-s.first))
+		k := min(*n, uint64(s.last-s.first))
 		s.consume(int(k))
-		n -= k
+		*n -= k
 	}
 	return nil
 }

@@ -26,8 +26,9 @@ type transport struct {
 	log      backend.Logger
 	info     backend.Info
 	regions  regions
-	server   *server     // nil for an initiator only
-	client   *tls.Config // nil without credentials
+	server   *server                     // nil for an initiator only
+	client   *tls.Config                 // nil without credentials
+	posted   func(context.Context) error // backend.Config.Posted
 
 	ctx     context.Context // ends when Close is called
 	end     context.CancelFunc
@@ -44,6 +45,7 @@ func open(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 		self:      cfg.Self,
 		settings:  readSettings(cfg.Options),
 		log:       cfg.Log,
+		posted:    cfg.Posted,
 		quiet:     make(chan struct{}),
 		endpoints: make(map[*endpoint]struct{}),
 	}

@@ -3,6 +3,7 @@ package tcp
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"runtime"
 	"slices"
@@ -282,11 +283,16 @@ type rawTarget struct {
 // newRawTarget connects a, over a single connection, to a target that the test plays.
 func newRawTarget(t testing.TB, size int, options map[string]string) *rawTarget {
 	t.Helper()
+	return newRawTargetFor(t, size, config{options: options})
+}
+
+// newRawTargetFor configures the initiator beyond its options.
+func newRawTargetFor(t testing.TB, size int, c config) *rawTarget {
+	t.Helper()
 	all := map[string]string{"connections": "1", "listen": "off"}
-	for k, v := range options {
-		all[k] = v
-	}
-	a := node(t, "a", config{options: all})
+	maps.Copy(all, c.options)
+	c.options = all
+	a := node(t, "a", c)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

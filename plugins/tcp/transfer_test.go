@@ -349,17 +349,19 @@ func TestTransfersDoNotAllocate(t *testing.T) {
 		write(1, evenly(1, 4096)...), read(1, evenly(1, 4096)...),
 		write(1, evenly(256, 1<<20)...), read(1, evenly(256, 1<<20)...),
 	} {
-		round := func() {
-			if err := s.Post(transfer); err != nil {
-				t.Fatal(err)
+		for how, post := range map[string]func(backend.Transfer) error{"Post": s.Post, "PostWait": s.PostWait} {
+			round := func() {
+				if err := post(transfer); err != nil {
+					t.Fatal(err)
+				}
+				<-w.done
 			}
-			<-w.done
-		}
-		for range 20 {
-			round()
-		}
-		if n := testing.AllocsPerRun(100, round); n != 0 {
-			t.Errorf("a %s of %d segments allocates %v times", transfer.Op, len(transfer.Segments), n)
+			for range 20 {
+				round()
+			}
+			if n := testing.AllocsPerRun(100, round); n != 0 {
+				t.Errorf("%s of a %s of %d segments allocates %v times", how, transfer.Op, len(transfer.Segments), n)
+			}
 		}
 	}
 	if err := w.failed.Load(); err != nil {
