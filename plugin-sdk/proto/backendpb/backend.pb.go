@@ -2094,6 +2094,7 @@ type Event struct {
 	// Types that are valid to be assigned to Event:
 	//
 	//	*Event_EndpointDown
+	//	*Event_Flush
 	Event         isEvent_Event `protobuf_oneof:"event"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2145,6 +2146,15 @@ func (x *Event) GetEndpointDown() *EndpointDown {
 	return nil
 }
 
+func (x *Event) GetFlush() *Flush {
+	if x != nil {
+		if x, ok := x.Event.(*Event_Flush); ok {
+			return x.Flush
+		}
+	}
+	return nil
+}
+
 type isEvent_Event interface {
 	isEvent_Event()
 }
@@ -2153,7 +2163,13 @@ type Event_EndpointDown struct {
 	EndpointDown *EndpointDown `protobuf:"bytes,1,opt,name=endpoint_down,json=endpointDown,proto3,oneof"`
 }
 
+type Event_Flush struct {
+	Flush *Flush `protobuf:"bytes,2,opt,name=flush,proto3,oneof"`
+}
+
 func (*Event_EndpointDown) isEvent_Event() {}
+
+func (*Event_Flush) isEvent_Event() {}
 
 // EndpointDown says that an endpoint has failed: what is posted on it from now on is refused.
 type EndpointDown struct {
@@ -2200,6 +2216,52 @@ func (x *EndpointDown) GetEndpoint() uint64 {
 	return 0
 }
 
+// Flush asks the host for a Cancel of session zero with this cookie, on the data path and behind everything that it has
+// posted. When the plugin meets it, it has seen all that was posted before it asked.
+type Flush struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cookie        uint64                 `protobuf:"varint,1,opt,name=cookie,proto3" json:"cookie,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Flush) Reset() {
+	*x = Flush{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Flush) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Flush) ProtoMessage() {}
+
+func (x *Flush) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Flush.ProtoReflect.Descriptor instead.
+func (*Flush) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *Flush) GetCookie() uint64 {
+	if x != nil {
+		return x.Cookie
+	}
+	return 0
+}
+
 type HostFrame struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Frame:
@@ -2214,7 +2276,7 @@ type HostFrame struct {
 
 func (x *HostFrame) Reset() {
 	*x = HostFrame{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2288,7 @@ func (x *HostFrame) String() string {
 func (*HostFrame) ProtoMessage() {}
 
 func (x *HostFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2301,7 @@ func (x *HostFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFrame.ProtoReflect.Descriptor instead.
 func (*HostFrame) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{37}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *HostFrame) GetFrame() isHostFrame_Frame {
@@ -2312,7 +2374,7 @@ type Post struct {
 
 func (x *Post) Reset() {
 	*x = Post{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2386,7 @@ func (x *Post) String() string {
 func (*Post) ProtoMessage() {}
 
 func (x *Post) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2399,7 @@ func (x *Post) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Post.ProtoReflect.Descriptor instead.
 func (*Post) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{38}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Post) GetSession() uint64 {
@@ -2378,7 +2440,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2390,7 +2452,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2403,7 +2465,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{39}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Cancel) GetSession() uint64 {
@@ -2433,7 +2495,7 @@ type PluginFrame struct {
 
 func (x *PluginFrame) Reset() {
 	*x = PluginFrame{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2507,7 @@ func (x *PluginFrame) String() string {
 func (*PluginFrame) ProtoMessage() {}
 
 func (x *PluginFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2520,7 @@ func (x *PluginFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PluginFrame.ProtoReflect.Descriptor instead.
 func (*PluginFrame) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{40}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PluginFrame) GetFrame() isPluginFrame_Frame {
@@ -2515,7 +2577,7 @@ type Completion struct {
 
 func (x *Completion) Reset() {
 	*x = Completion{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2589,7 @@ func (x *Completion) String() string {
 func (*Completion) ProtoMessage() {}
 
 func (x *Completion) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2602,7 @@ func (x *Completion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Completion.ProtoReflect.Descriptor instead.
 func (*Completion) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{41}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Completion) GetSession() uint64 {
@@ -2586,7 +2648,7 @@ type MemoryRequest struct {
 
 func (x *MemoryRequest) Reset() {
 	*x = MemoryRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2598,7 +2660,7 @@ func (x *MemoryRequest) String() string {
 func (*MemoryRequest) ProtoMessage() {}
 
 func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2611,7 +2673,7 @@ func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRequest.ProtoReflect.Descriptor instead.
 func (*MemoryRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{42}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MemoryRequest) GetId() uint64 {
@@ -2667,7 +2729,7 @@ type MemoryReply struct {
 
 func (x *MemoryReply) Reset() {
 	*x = MemoryReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +2741,7 @@ func (x *MemoryReply) String() string {
 func (*MemoryReply) ProtoMessage() {}
 
 func (x *MemoryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +2754,7 @@ func (x *MemoryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryReply.ProtoReflect.Descriptor instead.
 func (*MemoryReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{43}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MemoryReply) GetId() uint64 {
@@ -2852,12 +2914,15 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\n" +
 	"CloseReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\"\x0f\n" +
-	"\rEventsRequest\"V\n" +
+	"\rEventsRequest\"\x86\x01\n" +
 	"\x05Event\x12D\n" +
-	"\rendpoint_down\x18\x01 \x01(\v2\x1d.umbp.backend.v1.EndpointDownH\x00R\fendpointDownB\a\n" +
+	"\rendpoint_down\x18\x01 \x01(\v2\x1d.umbp.backend.v1.EndpointDownH\x00R\fendpointDown\x12.\n" +
+	"\x05flush\x18\x02 \x01(\v2\x16.umbp.backend.v1.FlushH\x00R\x05flushB\a\n" +
 	"\x05event\"*\n" +
 	"\fEndpointDown\x12\x1a\n" +
-	"\bendpoint\x18\x01 \x01(\x04R\bendpoint\"\xac\x01\n" +
+	"\bendpoint\x18\x01 \x01(\x04R\bendpoint\"\x1f\n" +
+	"\x05Flush\x12\x16\n" +
+	"\x06cookie\x18\x01 \x01(\x04R\x06cookie\"\xac\x01\n" +
 	"\tHostFrame\x12+\n" +
 	"\x04post\x18\x01 \x01(\v2\x15.umbp.backend.v1.PostH\x00R\x04post\x121\n" +
 	"\x06cancel\x18\x02 \x01(\v2\x17.umbp.backend.v1.CancelH\x00R\x06cancel\x126\n" +
@@ -2934,7 +2999,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP() []byte {
 }
 
 var file_plugin_sdk_proto_backendpb_backend_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(DataPath)(0),                // 0: umbp.backend.v1.DataPath
 	(MemoryAccess)(0),            // 1: umbp.backend.v1.MemoryAccess
@@ -2975,20 +3040,21 @@ var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(*EventsRequest)(nil),        // 36: umbp.backend.v1.EventsRequest
 	(*Event)(nil),                // 37: umbp.backend.v1.Event
 	(*EndpointDown)(nil),         // 38: umbp.backend.v1.EndpointDown
-	(*HostFrame)(nil),            // 39: umbp.backend.v1.HostFrame
-	(*Post)(nil),                 // 40: umbp.backend.v1.Post
-	(*Cancel)(nil),               // 41: umbp.backend.v1.Cancel
-	(*PluginFrame)(nil),          // 42: umbp.backend.v1.PluginFrame
-	(*Completion)(nil),           // 43: umbp.backend.v1.Completion
-	(*MemoryRequest)(nil),        // 44: umbp.backend.v1.MemoryRequest
-	(*MemoryReply)(nil),          // 45: umbp.backend.v1.MemoryReply
-	nil,                          // 46: umbp.backend.v1.OpenRequest.OptionsEntry
+	(*Flush)(nil),                // 39: umbp.backend.v1.Flush
+	(*HostFrame)(nil),            // 40: umbp.backend.v1.HostFrame
+	(*Post)(nil),                 // 41: umbp.backend.v1.Post
+	(*Cancel)(nil),               // 42: umbp.backend.v1.Cancel
+	(*PluginFrame)(nil),          // 43: umbp.backend.v1.PluginFrame
+	(*Completion)(nil),           // 44: umbp.backend.v1.Completion
+	(*MemoryRequest)(nil),        // 45: umbp.backend.v1.MemoryRequest
+	(*MemoryReply)(nil),          // 46: umbp.backend.v1.MemoryReply
+	nil,                          // 47: umbp.backend.v1.OpenRequest.OptionsEntry
 }
 var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	2,  // 0: umbp.backend.v1.Error.peer:type_name -> umbp.backend.v1.Peer
 	3,  // 1: umbp.backend.v1.Error.cause:type_name -> umbp.backend.v1.Error
 	2,  // 2: umbp.backend.v1.OpenRequest.self:type_name -> umbp.backend.v1.Peer
-	46, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
+	47, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
 	5,  // 4: umbp.backend.v1.OpenRequest.credentials:type_name -> umbp.backend.v1.Credentials
 	0,  // 5: umbp.backend.v1.OpenRequest.data_paths:type_name -> umbp.backend.v1.DataPath
 	1,  // 6: umbp.backend.v1.OpenRequest.memory_accesses:type_name -> umbp.backend.v1.MemoryAccess
@@ -3014,50 +3080,51 @@ var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	3,  // 26: umbp.backend.v1.CloseSessionReply.error:type_name -> umbp.backend.v1.Error
 	3,  // 27: umbp.backend.v1.CloseReply.error:type_name -> umbp.backend.v1.Error
 	38, // 28: umbp.backend.v1.Event.endpoint_down:type_name -> umbp.backend.v1.EndpointDown
-	40, // 29: umbp.backend.v1.HostFrame.post:type_name -> umbp.backend.v1.Post
-	41, // 30: umbp.backend.v1.HostFrame.cancel:type_name -> umbp.backend.v1.Cancel
-	45, // 31: umbp.backend.v1.HostFrame.memory:type_name -> umbp.backend.v1.MemoryReply
-	43, // 32: umbp.backend.v1.PluginFrame.completion:type_name -> umbp.backend.v1.Completion
-	44, // 33: umbp.backend.v1.PluginFrame.memory:type_name -> umbp.backend.v1.MemoryRequest
-	3,  // 34: umbp.backend.v1.Completion.error:type_name -> umbp.backend.v1.Error
-	3,  // 35: umbp.backend.v1.MemoryReply.error:type_name -> umbp.backend.v1.Error
-	4,  // 36: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
-	9,  // 37: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
-	11, // 38: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
-	13, // 39: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
-	15, // 40: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
-	17, // 41: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
-	19, // 42: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
-	21, // 43: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
-	23, // 44: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
-	25, // 45: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
-	27, // 46: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
-	29, // 47: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
-	32, // 48: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
-	34, // 49: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
-	36, // 50: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
-	39, // 51: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
-	6,  // 52: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
-	10, // 53: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
-	12, // 54: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
-	14, // 55: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
-	16, // 56: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
-	18, // 57: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
-	20, // 58: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
-	22, // 59: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
-	24, // 60: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
-	26, // 61: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
-	28, // 62: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
-	31, // 63: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
-	33, // 64: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
-	35, // 65: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
-	37, // 66: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
-	42, // 67: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
-	52, // [52:68] is the sub-list for method output_type
-	36, // [36:52] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	39, // 29: umbp.backend.v1.Event.flush:type_name -> umbp.backend.v1.Flush
+	41, // 30: umbp.backend.v1.HostFrame.post:type_name -> umbp.backend.v1.Post
+	42, // 31: umbp.backend.v1.HostFrame.cancel:type_name -> umbp.backend.v1.Cancel
+	46, // 32: umbp.backend.v1.HostFrame.memory:type_name -> umbp.backend.v1.MemoryReply
+	44, // 33: umbp.backend.v1.PluginFrame.completion:type_name -> umbp.backend.v1.Completion
+	45, // 34: umbp.backend.v1.PluginFrame.memory:type_name -> umbp.backend.v1.MemoryRequest
+	3,  // 35: umbp.backend.v1.Completion.error:type_name -> umbp.backend.v1.Error
+	3,  // 36: umbp.backend.v1.MemoryReply.error:type_name -> umbp.backend.v1.Error
+	4,  // 37: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
+	9,  // 38: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
+	11, // 39: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
+	13, // 40: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
+	15, // 41: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
+	17, // 42: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
+	19, // 43: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
+	21, // 44: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
+	23, // 45: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
+	25, // 46: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
+	27, // 47: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
+	29, // 48: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
+	32, // 49: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
+	34, // 50: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
+	36, // 51: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
+	40, // 52: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
+	6,  // 53: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
+	10, // 54: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
+	12, // 55: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
+	14, // 56: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
+	16, // 57: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
+	18, // 58: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
+	20, // 59: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
+	22, // 60: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
+	24, // 61: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
+	26, // 62: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
+	28, // 63: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
+	31, // 64: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
+	33, // 65: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
+	35, // 66: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
+	37, // 67: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
+	43, // 68: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
+	53, // [53:69] is the sub-list for method output_type
+	37, // [37:53] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_plugin_sdk_proto_backendpb_backend_proto_init() }
@@ -3067,13 +3134,14 @@ func file_plugin_sdk_proto_backendpb_backend_proto_init() {
 	}
 	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35].OneofWrappers = []any{
 		(*Event_EndpointDown)(nil),
+		(*Event_Flush)(nil),
 	}
-	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37].OneofWrappers = []any{
+	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38].OneofWrappers = []any{
 		(*HostFrame_Post)(nil),
 		(*HostFrame_Cancel)(nil),
 		(*HostFrame_Memory)(nil),
 	}
-	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40].OneofWrappers = []any{
+	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41].OneofWrappers = []any{
 		(*PluginFrame_Completion)(nil),
 		(*PluginFrame_Memory)(nil),
 	}
@@ -3083,7 +3151,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc), len(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   45,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

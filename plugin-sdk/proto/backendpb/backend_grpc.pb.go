@@ -61,7 +61,8 @@ type BackendClient interface {
 	Register(ctx context.Context, in *RegisterRequest, opts ...grpc.CallOption) (*RegisterReply, error)
 	Deregister(ctx context.Context, in *DeregisterRequest, opts ...grpc.CallOption) (*DeregisterReply, error)
 	Offer(ctx context.Context, in *OfferRequest, opts ...grpc.CallOption) (*OfferReply, error)
-	// Exactly one of Establish and Abandon follows an Offer.
+	// Establish or Abandon follows an Offer. Abandon may follow an Establish whose answer did not arrive, and ends whatever
+	// has come of it.
 	Establish(ctx context.Context, in *EstablishRequest, opts ...grpc.CallOption) (*EstablishReply, error)
 	Abandon(ctx context.Context, in *AbandonRequest, opts ...grpc.CallOption) (*AbandonReply, error)
 	Answer(ctx context.Context, in *AnswerRequest, opts ...grpc.CallOption) (*AnswerReply, error)
@@ -276,7 +277,8 @@ type BackendServer interface {
 	Register(context.Context, *RegisterRequest) (*RegisterReply, error)
 	Deregister(context.Context, *DeregisterRequest) (*DeregisterReply, error)
 	Offer(context.Context, *OfferRequest) (*OfferReply, error)
-	// Exactly one of Establish and Abandon follows an Offer.
+	// Establish or Abandon follows an Offer. Abandon may follow an Establish whose answer did not arrive, and ends whatever
+	// has come of it.
 	Establish(context.Context, *EstablishRequest) (*EstablishReply, error)
 	Abandon(context.Context, *AbandonRequest) (*AbandonReply, error)
 	Answer(context.Context, *AnswerRequest) (*AnswerReply, error)
