@@ -55,6 +55,7 @@ type Client struct {
 
 	lastTag, lastSession atomic.Uint64
 	flushes              atomic.Int64 // that are not on their way yet
+	flying               atomic.Int64 // transfers in flight
 
 	refusal  atomic.Pointer[backend.Error] // why calls are refused, if they are; set with mu held
 	broken   chan struct{}
@@ -529,6 +530,16 @@ func (c *Client) spawn(f func()) bool {
 	defer c.mu.RUnlock()
 	if !c.ended {
 		c.running.Go(f)
+	}
+	return !c.ended
+}
+
+// enter counts the caller as running, and tells whether it may run: not after the end.
+func (c *Client) enter() bool {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if !c.ended {
+		c.running.Add(1)
 	}
 	return !c.ended
 }

@@ -231,12 +231,37 @@ type flight struct {
 // Post implements backend.Session. The flight is noted before the plugin can know of it: the completion may come
 // before Post has returned.
 func (s *session) Post(t backend.Transfer) error {
-	if err := s.check(&t); err != nil {
+	_, err := s.post(&t)
+	s.client.path.posted()
+	return err
+}
+
+// PostWait implements backend.PostWaiter: where nothing else is in flight, the caller receives its own completion.
+func (s *session) PostWait(t backend.Transfer) error {
+	serial, err := s.post(&t)
+	if err != nil {
+		s.client.path.posted()
 		return err
 	}
-	serial, err := s.depart(&t)
+	s.client.path.await(s, t.Cookie, serial)
+	return nil
+}
+
+// flies tells whether a flight has not completed.
+func (s *session) flies(cookie, serial uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.flights[cookie].serial == serial
+}
+
+// post sends a transfer, and returns the serial of its flight.
+func (s *session) post(t *backend.Transfer) (serial uint64, _ error) {
+	if err := s.check(t); err != nil {
+		return 0, err
+	}
+	serial, err := s.depart(t)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	position, err := s.client.path.post(shm.Post{Session: s.id, Cookie: t.Cookie, Op: t.Op, Segments: t.Segments})
 	s.mu.Lock()
@@ -255,15 +280,15 @@ func (s *session) Post(t backend.Transfer) error {
 		if flying && f.cancelled { // meanwhile
 			s.sendCancel(t.Cookie, serial)
 		}
-		return nil
+		return serial, nil
 	case !flying: // it has not left and is not here either: Lost has completed it
-		return nil
+		return serial, nil
 	case errors.Is(err, shm.ErrFull):
-		return backend.ErrBusy
+		return 0, backend.ErrBusy
 	case !errors.Is(err, shm.ErrClosed):
 		s.client.fail(err)
 	}
-	return s.down()
+	return 0, s.down()
 }
 
 // down says why the endpoint is.
@@ -352,6 +377,7 @@ func (s *session) depart(t *backend.Transfer) (serial uint64, err error) {
 		e.inFlight.Add(-1)
 		return 0, backend.ErrBusy
 	}
+	s.client.flying.Add(1)
 	s.serial++
 	s.open++
 	s.flights[t.Cookie] = flight{serial: s.serial, segments: len(t.Segments)}
@@ -362,6 +388,7 @@ func (s *session) depart(t *backend.Transfer) (serial uint64, err error) {
 func (s *session) land(cookie uint64) {
 	delete(s.flights, cookie)
 	s.endpoint.inFlight.Add(-1)
+	s.client.flying.Add(-1)
 }
 
 // leave notes that a transfer is through. The caller holds mu.
@@ -430,6 +457,7 @@ func (s *session) lose(why *backend.Error) {
 	failure.Op = "transfer"
 	for cookie, f := range lost {
 		s.endpoint.inFlight.Add(-1)
+		s.client.flying.Add(-1)
 		completion := backend.Completion{Cookie: cookie, Err: failure}
 		if f.position != 0 && !s.client.path.taken(f.position) {
 			completion.Outcomes = make([]backend.Outcome, f.segments) // all NotSent

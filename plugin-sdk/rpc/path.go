@@ -18,6 +18,11 @@ import (
 type path interface {
 	// post sends a transfer and returns its position, which is not zero. shm.ErrFull says that there is no room.
 	post(p shm.Post) (position uint64, err error)
+	// posted follows each post: somebody has to receive what comes of it.
+	posted()
+	// await follows a post in place of posted, and may use the caller to receive until that flight has completed, for
+	// backend.MaxPostWait at most.
+	await(s *session, cookie, serial uint64)
 	// cancel sends a Cancel as soon as there is room, behind what was posted until now, and then calls sent.
 	cancel(c shm.Cancel, sent func())
 	// taken tells whether the plugin may have taken what was sent at a position. It is called after close.
@@ -30,6 +35,7 @@ type queuePath struct {
 	client                   *Client
 	submissions, completions *shm.Queue
 	sender                   *sender
+	turn                     turn // to receive from completions
 }
 
 func newQueuePath(c *Client) (*queuePath, error) {
@@ -43,6 +49,7 @@ func newQueuePath(c *Client) (*queuePath, error) {
 	}
 	return &queuePath{
 		client: c, submissions: submissions, completions: completions, sender: &sender{queue: submissions, fail: c.fail},
+		turn: turn{recall: make(chan struct{}, 1)},
 	}, nil
 }
 
@@ -67,6 +74,16 @@ func (p *queuePath) post(t shm.Post) (uint64, error) {
 	return position, err
 }
 
+func (p *queuePath) posted() { p.turn.attend() }
+
+func (p *queuePath) await(s *session, cookie, serial uint64) {
+	if p.turn.take() {
+		p.lead(s, cookie, serial)
+	} else {
+		p.turn.attend()
+	}
+}
+
 func (p *queuePath) cancel(c shm.Cancel, sent func()) {
 	p.sender.send(shm.AppendCancel(nil, c), sent)
 }
@@ -77,24 +94,6 @@ func (p *queuePath) close() {
 	p.sender.close()
 	p.submissions.Close()
 	p.completions.Close()
-}
-
-// receive delivers the plugin's completions until the queue is closed.
-func (p *queuePath) receive() {
-	var buf []byte
-	for {
-		var err error
-		if buf, err = p.completions.Receive(buf); err == nil {
-			err = p.complete(buf)
-		}
-		if errors.Is(err, shm.ErrClosed) {
-			return
-		}
-		if err != nil {
-			p.client.fail(err)
-			return
-		}
-	}
 }
 
 func (p *queuePath) complete(record []byte) error {
@@ -139,6 +138,10 @@ func (p *streamPath) post(t shm.Post) (uint64, error) {
 	}
 	return position, nil
 }
+
+func (p *streamPath) posted() {}
+
+func (p *streamPath) await(*session, uint64, uint64) {}
 
 func (p *streamPath) cancel(c shm.Cancel, sent func()) {
 	p.frames.add(&backendpb.HostFrame{Frame: &backendpb.HostFrame_Cancel{

@@ -92,7 +92,7 @@ func (s *Server) allEndpoints() []*served {
 	return slices.Collect(maps.Values(s.endpoints))
 }
 
-// settle answers what waits on any endpoint, when the backend has been closed.
+// settle answers what waits on any endpoint, and what is posted from now on, when the backend is going to be closed.
 func (s *Server) settle() {
 	for _, e := range s.allEndpoints() {
 		e.stop()
@@ -202,6 +202,7 @@ func (s *Server) post(session uint64, transfer backend.Transfer) {
 	e := t.endpoint
 	e.mu.Lock()
 	e.inFlight++
+	s.flying.Add(1)
 	full, stopped := e.inFlight > e.window, e.closed || t.closed
 	wait := !full && !stopped && (len(e.waiting) > 0 || e.trying != nil)
 	if wait {
@@ -303,7 +304,7 @@ func (t *servedSession) refuse(transfer *backend.Transfer, err error) {
 	}
 	e.inFlight--
 	e.mu.Unlock()
-	e.server.replies.complete(t.id, transfer.Cookie, err, make([]backend.Outcome, len(transfer.Segments)))
+	e.server.answer(t.id, transfer.Cookie, err, make([]backend.Outcome, len(transfer.Segments)))
 }
 
 // Complete implements backend.Sink.
@@ -313,9 +314,18 @@ func (t *servedSession) Complete(c backend.Completion) {
 	e.inFlight-- // before the host can know
 	wake := len(e.waiting) > 0 || e.trying != nil
 	e.mu.Unlock()
-	e.server.replies.complete(t.id, c.Cookie, c.Err, c.Outcomes)
+	e.server.answer(t.id, c.Cookie, c.Err, c.Outcomes)
 	if wake {
 		e.tryWaiting()
+	}
+}
+
+// answer tells the host what became of a transfer. When it was the last one in flight, the next is not far.
+func (s *Server) answer(session, cookie uint64, failure error, outcomes []backend.Outcome) {
+	last := s.flying.Add(-1) == 0
+	s.replies.complete(session, cookie, failure, outcomes)
+	if last && s.submissions != nil {
+		s.submissions.Nudge()
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -32,6 +33,9 @@ type Server struct {
 	running sync.WaitGroup
 	closing sync.Once
 	failed  error // what Close returns
+
+	flying      atomic.Int64 // transfers that the host has posted and that have not completed
+	submissions *shm.Queue   // set before anything is posted; nil where transfers travel by messages
 
 	mu         sync.Mutex
 	ended      bool // nothing new is begun
@@ -124,6 +128,7 @@ func (s *Server) close() error {
 	s.mu.Unlock()
 	var err error
 	if b != nil {
+		s.settle()
 		err = b.Close() // transfers complete
 	}
 	s.end()
@@ -134,7 +139,6 @@ func (s *Server) close() error {
 	queues, out, regions := s.queues, s.replies, s.regions
 	s.regions = map[uint64]*mapping{}
 	s.mu.Unlock()
-	s.settle()
 	if out != nil {
 		out.close()
 	}
@@ -359,6 +363,7 @@ func (s *Server) attach(ctx context.Context, tag uint64) error {
 	refused := s.ended || s.replies != nil
 	if !refused {
 		s.queues = []*shm.Queue{submissions, completions}
+		s.submissions = submissions
 		s.replies = &queueReplies{sender{queue: completions, fail: s.hostGone}}
 		s.running.Go(func() { s.receive(submissions) })
 	}
@@ -422,6 +427,7 @@ func (v *service) Close(context.Context, *backendpb.CloseRequest) (*backendpb.Cl
 	if err != nil {
 		return nil, err
 	}
+	v.server.settle() // what still comes is told so, and not what a backend says that is closing
 	err = b.Close()
 	v.server.settle()
 	defer v.server.hostClosed()

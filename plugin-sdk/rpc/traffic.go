@@ -17,6 +17,7 @@ import (
 func (s *Server) receive(submissions *shm.Queue) {
 	var buf []byte
 	var room []backend.Segment
+	submissions.Expect(func() bool { return s.flying.Load() == 0 })
 	for {
 		var err error
 		if buf, err = submissions.Receive(buf); errors.Is(err, shm.ErrClosed) {

@@ -64,6 +64,9 @@ type Queue struct {
 	doze     func(fd uintptr) bool // puts the receiver to sleep
 	closed   atomic.Bool
 
+	expects func() bool // see Expect; nil for always
+	looks   atomic.Bool // the receiver sleeps, and would look if it were woken
+
 	sender struct {
 		mu    sync.Mutex
 		sent  uint64 // what sharedSent must be
@@ -312,6 +315,12 @@ func (q *Queue) Taken(position uint64) bool {
 // Receive returns the next record, waiting for one. The record is in buf, or in a new slice where buf's capacity is
 // too small: callers pass back what they got. ErrClosed and ErrCorrupt end it for good.
 func (q *Queue) Receive(buf []byte) (record []byte, err error) {
+	return q.ReceiveUntil(buf, time.Time{})
+}
+
+// ReceiveUntil is Receive, but gives up with os.ErrDeadlineExceeded when nothing has come by the deadline; the zero time
+// is none.
+func (q *Queue) ReceiveUntil(buf []byte, deadline time.Time) (record []byte, err error) {
 	r := &q.receiver
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -324,10 +333,24 @@ func (q *Queue) Receive(buf []byte) (record []byte, err error) {
 		case r.sent != r.taken:
 			return q.take(buf)
 		case q.sharedSent.Load() == r.taken:
-			q.wait()
+			if !q.wait(deadline) {
+				return buf, os.ErrDeadlineExceeded
+			}
 		default:
 			q.readSent()
 		}
+	}
+}
+
+// Expect has the receiver ask, before it looks for a record instead of sleeping, whether one is likely to come soon.
+// Otherwise it looks whenever that has paid before. Expect is called before the first Receive.
+func (q *Queue) Expect(likely func() bool) { q.expects = likely }
+
+// Nudge says that a record is likely to come soon from now on. It wakes a receiver that sleeps, if looking has paid
+// before. It does not block, and any goroutine may call it.
+func (q *Queue) Nudge() {
+	if q.looks.Load() {
+		_ = q.wakeConn.Control(q.signal) // as in Send
 	}
 }
 

@@ -219,7 +219,7 @@ func TestQueueWakesOnlySleepers(t *testing.T) {
 		t.Errorf("a receiver that does not sleep is woken %d times", n)
 	}
 	r.receiver.mu.Lock()
-	r.wait() // it finds the record when it has announced its sleep already
+	r.wait(time.Time{}) // it finds the record when it has announced its sleep already
 	r.receiver.mu.Unlock()
 	send()
 	if n := wakesOf(t, s.wake); n != 0 {

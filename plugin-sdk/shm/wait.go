@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSpin is how long a receiver looks for the next record before it sleeps, while looking pays. It is about twice
-// what it takes to be woken.
-const maxSpin = 50 * time.Microsecond
+// maxSpin is how long a receiver looks for the next record before it sleeps, while looking pays. It is a few times what
+// it takes to be woken, and enough for a small transfer to a host nearby and back.
+const maxSpin = 100 * time.Microsecond
 
 // pace decides whether to look before sleeping. Looking saves both ends a system call and the time to be woken, and
 // costs a processor for as long as it lasts. So a receiver looks only as long as half of its looks find something.
@@ -22,11 +22,11 @@ type pace struct {
 }
 
 const (
-	maxCredit  = 8
-	tryCredit  = 4 // of an attempt: the first looks make the scheduler find a processor for each end
-	minShort   = 8
-	maxShort   = 256
-	shortSleep = 2 * maxSpin // being woken is part of it
+	maxCredit  = 16
+	tryCredit  = 8 // of an attempt: the first looks make the scheduler find a processor for each end
+	minShort   = 4
+	maxShort   = 64
+	shortSleep = 3 * maxSpin // being woken is part of it
 )
 
 func (p *pace) looks() bool { return p.credit > 0 }
@@ -54,24 +54,35 @@ func (p *pace) slept(d time.Duration) {
 	}
 }
 
-// wait returns when there may be something to receive, or the queue is closed. The caller holds receiver.mu.
-func (q *Queue) wait() {
+// wait returns true when there may be something to receive, or the queue is closed, and false after the deadline. The
+// caller holds receiver.mu.
+func (q *Queue) wait(deadline time.Time) bool {
 	r := &q.receiver
 	start := time.Now()
-	looked := r.pace.looks()
-	if looked {
+	if !deadline.IsZero() && !start.Before(deadline) {
+		return false
+	}
+	looks := r.pace.looks()
+	if looks && (q.expects == nil || q.expects()) {
 		if q.spin(start) {
 			r.pace.found()
-			return
+			return true
 		}
 		r.pace.missed()
 	}
+	if !deadline.IsZero() {
+		_ = q.wake.SetReadDeadline(deadline) // it fails when the queue has been closed
+		defer q.wake.SetReadDeadline(time.Time{})
+	}
 	r.dozing = false
-	_ = q.wakeConn.Read(q.doze) // it fails when the queue has been closed
+	q.looks.Store(r.pace.looks())
+	_ = q.wakeConn.Read(q.doze) // it fails when the queue has been closed, and at the deadline
+	q.looks.Store(false)
 	q.sleeping.Store(0)
-	if !looked {
+	if !looks {
 		r.pace.slept(time.Since(start))
 	}
+	return true
 }
 
 // spin looks for a record for a while, and tells whether it may have found one.
