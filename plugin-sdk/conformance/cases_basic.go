@@ -4,9 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"os"
+	"math"
 	"reflect"
-	"runtime"
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
@@ -69,12 +68,10 @@ func handshakeGarbage(r *rig) {
 	ask := func(what string, f func(ctx context.Context) error) {
 		ctx, cancel := context.WithTimeout(r.ctx, 300*time.Millisecond)
 		defer cancel()
-		r.guard(what, func() {
-			// Some of a text may not matter; whoever accepts it does no wrong.
-			if err := f(ctx); err != nil {
-				r.identity(what, err)
-			}
-		})
+		// Some of a text may not matter; whoever accepts it does no wrong.
+		if err := f(ctx); err != nil {
+			r.identity(what, err)
+		}
 	}
 
 	first := offer()
@@ -149,41 +146,133 @@ func handshakeExpired(r *rig) {
 	}
 	expired, cancel := context.WithCancel(r.ctx)
 	cancel()
-	r.guard("Establish with a context that has ended", func() {
-		endpoint, err := handshake.Establish(expired, answer)
-		if err == nil { // it did not have to wait
-			err = endpoint.Close()
-		}
+	endpoint, err := handshake.Establish(expired, answer)
+	if err == nil { // it did not have to wait
+		err = endpoint.Close()
+	}
+	if err != nil {
+		r.identity("Establish with a context that has ended", err, backend.Cancelled)
+	}
+}
+
+// contexts makes every call that takes a context with one that has ended. Each may still do its work.
+func contexts(r *rig) {
+	l := r.link(small)
+	spare := r.initiator.lend(small, allRights)
+	ended, cancel := context.WithCancel(r.ctx)
+	cancel()
+	check := func(what string, err error) {
 		if err != nil {
-			r.identity("Establish with a context that has ended", err, backend.Cancelled)
+			r.identity(what+" with a context that has ended", err, backend.Cancelled)
 		}
-	})
+	}
+	handshake, err := r.initiator.backend.Offer(ended, r.target.peer)
+	check("Offer", err)
+	if err == nil {
+		handshake.Abandon()
+	}
+	if handshake, err = r.initiator.backend.Offer(r.ctx, r.target.peer); err != nil {
+		r.Fatalf("Offer: %v", err)
+	}
+	_, err = r.target.backend.Answer(ended, r.initiator.peer, handshake.Offer())
+	check("Answer", err)
+	handshake.Abandon()
+
+	session, err := r.endpoint.Session(ended, l.near.remote.Region, l.far.remote, l.sink)
+	check("Session", err)
+	if err == nil {
+		check("Session, closed again", session.Close())
+	}
+	_, err = r.initiator.backend.Register(ended, spare.asMemory())
+	check("Register", err)
+	check("Deregister", r.initiator.backend.Deregister(ended, spare.remote.Region))
+	spare.deregister()
+	check("Fence", r.target.backend.Fence(ended, r.initiator.peer))
+	r.fence()
+
+	again := r.session(r.connect(r.initiator, r.target), l.near, l.far)
+	again.move(r.ops()[0], []backend.Segment{{Length: small}}, "after calls whose context had ended")
+}
+
+func reach(r *rig) {
+	if claimed := r.caps().Reach; claimed != backend.SameHost {
+		r.Skipf("the reach is %s, and the suite has no peer that is farther away", claimed)
+	}
+	elsewhere := r.target.peer
+	elsewhere.Host += "-elsewhere"
+	endpoint, err := r.tryConnect(r.initiator, r.target, elsewhere)
+	if err == nil {
+		r.closeEndpoint(endpoint)
+	}
+	r.identity("a connection to a peer on another host", err, backend.Unsupported)
 }
 
 func registerTwice(r *rig) {
 	l := r.link(small)
-	_, err := r.initiator.backend.Register(r.ctx, l.near.asMemory(-1))
+	_, err := r.initiator.backend.Register(r.ctx, l.near.asMemory())
 	r.identity("Register of a region that is registered", err, backend.BadRequest)
 	for _, op := range r.ops() {
 		l.move(op, []backend.Segment{{Length: small}}, "after the refusal")
 	}
 }
 
-func registerKinds(r *rig) {
-	lent, err := r.h.NewMemory(small)
-	if err != nil {
-		r.Fatalf("NewMemory: %v", err)
+// regionIDs tries numbers that some width of integer cannot hold, and the one that is no region.
+func regionIDs(r *rig) {
+	for _, id := range []backend.RegionID{1 << 32, 1<<63 + 1, math.MaxUint64} {
+		near, far := r.initiator.lend(small, 0), r.target.lend(small, allRights)
+		near.remote.Region, far.remote.Region = id, id
+		near.register()
+		far.register()
+		l := r.session(r.endpoint, near, far)
+		l.move(r.ops()[0], []backend.Segment{{Length: small}}, fmt.Sprintf("regions with the number %d", id))
 	}
-	r.lent = append(r.lent, lent)
+	none := r.initiator.lend(small, 0)
+	none.remote.Region = 0
+	r.identity("Register of region 0, which is none", none.tryRegister(), backend.BadRequest)
+}
+
+func registerKinds(r *rig) {
+	l := r.link(small)
+	other := r.initiator.lend(small, 0)
 	for _, kind := range []backend.MemoryKind{0, backend.GPUMemory, 7} {
-		if r.caps().Local.Has(kind) || r.caps().Remote.Has(kind) {
-			continue
+		if !r.caps().Local.Has(kind) && !r.caps().Remote.Has(kind) {
+			memory := other.asMemory()
+			memory.Kind = kind
+			_, err := r.initiator.backend.Register(r.ctx, memory)
+			r.identity("Register of "+kind.String()+" memory", err, backend.Unsupported)
 		}
-		r.lastRegion++
-		_, err := r.initiator.backend.Register(r.ctx, backend.Memory{
-			Region: r.lastRegion, Kind: kind, Bytes: lent.Bytes, FD: lent.FD,
-		})
-		r.identity("Register of "+kind.String()+" memory", err, backend.Unsupported)
+		if !r.caps().Remote.Has(kind) {
+			remote := l.far.remote
+			remote.Kind = kind
+			_, err := r.trySession(r.endpoint, l.near, l.far, remote)
+			r.identity("Session with remote "+kind.String()+" memory", err, backend.Unsupported)
+		}
+	}
+	if r.caps().Local.Has(backend.GPUMemory) || r.caps().Remote.Has(backend.GPUMemory) {
+		r.Skipf("GPU memory is claimed, and the suite has none to lend: no case has tried it")
+	}
+}
+
+// noDescriptor lends memory that has no file descriptor.
+func noDescriptor(r *rig) {
+	near, far := r.initiator.lend(small, 0), r.target.lend(small, allRights)
+	for _, a := range []*area{near, far} {
+		a.fd = -1
+		if err := a.tryRegister(); err != nil {
+			r.identity("Register of memory without a descriptor", err, backend.Unsupported)
+			return
+		}
+	}
+	l, err := r.trySession(r.endpoint, near, far, far.remote)
+	if err != nil {
+		r.identity("Session with a region without a descriptor", err, backend.Unsupported)
+		if !r.caps().NeedsFD {
+			r.Errorf("Session with a region without a descriptor, which NeedsFD does not ask for: %v", err)
+		}
+		return
+	}
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Local: 1, Remote: 3, Length: small - 3}}, "memory without a descriptor")
 	}
 }
 
@@ -236,7 +325,6 @@ func deregisterFar(r *rig) {
 // wants errors and not a byte moved.
 func (l *link) untouched(what string, remote backend.Remote) {
 	r := l.r
-	r.Helper()
 	near, far := l.near.refill(), l.far.refill()
 	for _, op := range r.ops() {
 		again, err := r.trySession(r.connect(r.initiator, r.target), l.near, l.far, remote)
@@ -268,7 +356,6 @@ func (l *link) untouched(what string, remote backend.Remote) {
 
 // stress posts as many long transfers as the endpoint takes, up to n.
 func (l *link) stress(op backend.Op, n int) []*posted {
-	l.r.Helper()
 	var all []*posted
 	for range n {
 		p, err := l.try(op, cut64(len(l.near.bytes)))
@@ -282,7 +369,6 @@ func (l *link) stress(op backend.Op, n int) []*posted {
 }
 
 func (l *link) waitAll(all []*posted) {
-	l.r.Helper()
 	for _, p := range all {
 		l.wait(p)
 	}
@@ -356,42 +442,13 @@ func limits(r *rig) {
 	if one < large {
 		refused("one byte more than the limits", []backend.Segment{{Length: one + 1}})
 	}
-}
-
-// resources opens, uses and closes the backend some times more, and counts before and after. The case's own rig
-// is the first time, so that what the process sets up once is there already.
-func resources(r *rig) {
-	use := func() {
-		extra := newRig(r.TB, r.h)
-		defer extra.close()
-		l := extra.link(small)
-		for _, op := range extra.ops() {
-			l.move(op, []backend.Segment{{Length: small}}, "while counting resources")
+	// Two segments, each within the limit of one, reach the limit of a transfer, and exceed it.
+	if sum := whole.TransferBytes; sum < large && sum/2+1 <= whole.SegmentBytes && limit.Segments != 1 {
+		two := []backend.Segment{{Length: sum / 2}, {Local: sum / 2, Remote: sum / 2, Length: sum - sum/2}}
+		for _, op := range r.ops() {
+			l.move(op, two, fmt.Sprintf("two segments of %d bytes together", sum))
 		}
-		l.stress(extra.ops()[0], 2) // close has something to end
+		two[1].Length++
+		refused("one byte more than Limits.TransferBytes, in two segments", two)
 	}
-	use()
-	goroutines, descriptors := runtime.NumGoroutine(), r.descriptors()
-	for range 3 {
-		use()
-	}
-	deadline := time.Now().Add(min(r.h.Patience, 2*time.Second))
-	for runtime.NumGoroutine() > goroutines && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond) // one that has closed its last channel still needs a moment to end
-	}
-	if now := runtime.NumGoroutine(); now > goroutines {
-		stacks := make([]byte, 1<<20)
-		r.Errorf("%d goroutines, %d before; these run:\n%s", now, goroutines, stacks[:runtime.Stack(stacks, true)])
-	}
-	if now := r.descriptors(); now > descriptors {
-		r.Errorf("%d descriptors are open, %d before", now, descriptors)
-	}
-}
-
-func (r *rig) descriptors() int {
-	open, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		r.Fatalf("count descriptors: %v", err)
-	}
-	return len(open)
 }

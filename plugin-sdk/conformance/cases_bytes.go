@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"bytes"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -99,6 +100,33 @@ func bytesTwoWays(r *rig) {
 	}
 }
 
+func postWait(r *rig) {
+	l := r.link(small)
+	waiter, ok := l.Session.(backend.PostWaiter)
+	if !ok {
+		r.Skipf("sessions have no PostWait")
+	}
+	l.waiter = waiter
+	rng := rand.New(r.rng)
+	most := r.caps().Limits.Tighten(backend.Limits{Segments: 300}).Segments
+	for round := range 40 {
+		op := r.ops()[round%len(r.ops())]
+		size := uint64(small)
+		if round%2 == 0 {
+			size = 4096 // small ones are what the posting goroutine is likely to carry out
+		}
+		l.move(op, scatter(rng, size, 1+rng.IntN(most)), fmt.Sprintf("round %d by PostWait", round))
+	}
+	_, err := l.try(r.ops()[0], []backend.Segment{{Remote: small, Length: 1}})
+	r.identity("PostWait with a bad range", err, backend.BadRequest)
+
+	other := r.session(r.endpoint, l.near, l.far)
+	jobs := []*link{l, other, l, other} // two goroutines wait beside two that do not
+	r.hammers(jobs, 20)
+	l.closeSession()
+	l.refuses("after Session.Close")
+}
+
 func refuseRanges(r *rig) {
 	const size = small
 	good := backend.Segment{Local: 0, Remote: 0, Length: 4096}
@@ -143,6 +171,51 @@ func refuseRanges(r *rig) {
 	r.identity("Post without segments", err, backend.BadRequest)
 }
 
+// refuseHarmless posts bad transfers among good ones, on one session.
+func refuseHarmless(r *rig) {
+	bad := map[string]backend.Transfer{
+		"no segments":        {},
+		"a range outside":    {Segments: []backend.Segment{{Length: 64}, {Remote: large, Length: 64}}},
+		"an operation of 99": {Op: 99, Segments: []backend.Segment{{Length: 64}}},
+	}
+	if most := r.caps().Limits.Segments; most != 0 && most < large/16 {
+		bad["too many segments"] = backend.Transfer{Segments: single(most + 1)}
+	}
+	for _, op := range r.ops() {
+		l := r.link(large)
+		near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
+		var all []*posted
+		for what, t := range bad {
+			all = append(all, l.stress(op, 2)...)
+			if t.Op == 0 {
+				t.Op = op
+			}
+			_, err := l.try(t.Op, t.Segments)
+			r.identity("Post with "+what, err, backend.BadRequest, backend.Unsupported)
+		}
+		l.waitAll(all)
+		for _, p := range all {
+			if p.err != nil {
+				r.Fatalf("a legal %s, among others that were refused, failed: %v", op, p.err)
+			}
+		}
+		l.verify(all[0], near, far, "among transfers that were refused")
+		l.move(op, single(100), "after transfers that were refused")
+		if done(r.endpoint) {
+			r.Errorf("the endpoint has failed because transfers were refused")
+		}
+	}
+}
+
+func done(endpoint backend.Endpoint) bool {
+	select {
+	case <-endpoint.Done():
+		return true
+	default:
+		return false
+	}
+}
+
 func refuseOperations(r *rig) {
 	near, far := r.initiator.area(small, 0), r.target.area(small, allRights)
 	for _, op := range []backend.Op{0, backend.Write, backend.Read, backend.Write | backend.Read, 4, 255} {
@@ -154,7 +227,11 @@ func refuseOperations(r *rig) {
 		l := r.session(r.connect(r.initiator, r.target), near, far)
 		nearBefore, farBefore := near.refill(), far.refill()
 		_, err := l.try(op, []backend.Segment{{Length: 64}})
-		r.identity("Post of "+op.String(), err, backend.Unsupported, backend.BadRequest)
+		codes := []backend.Code{backend.Unsupported, backend.BadRequest}
+		if op == backend.Write || op == backend.Read {
+			codes = codes[:1]
+		}
+		r.identity("Post of "+op.String(), err, codes...)
 		near.unchanged(nearBefore, "after "+op.String())
 		far.unchanged(farBefore, "after "+op.String())
 	}

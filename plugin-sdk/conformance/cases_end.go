@@ -9,7 +9,6 @@ import (
 
 // refuses wants Post to refuse, and not with Busy.
 func (l *link) refuses(what string, codes ...backend.Code) {
-	l.r.Helper()
 	_, err := l.try(l.r.ops()[0], []backend.Segment{{Length: 64}})
 	if backend.CodeOf(err) == backend.Busy {
 		l.r.Errorf("%s: Post says Busy, and it will never accept again", what)
@@ -36,35 +35,22 @@ func closeTwice(r *rig) {
 
 	// The rig closes both backends once more.
 	for _, n := range r.nodes {
-		r.guard("Backend.Close", func() {
-			if err := n.backend.Close(); err != nil {
-				r.Errorf("Backend.Close: %v", err)
-			}
-		})
+		n.close()
 	}
 	r.await("Endpoint.Done after Backend.Close", r.endpoint.Done())
 	for range 2 {
 		r.closeEndpoint(r.endpoint)
 	}
-	if _, err := r.initiator.backend.Register(r.ctx, backend.Memory{
-		Region: 4711, Kind: backend.HostMemory, Bytes: l.near.bytes, FD: -1,
-	}); err == nil {
-		r.Errorf("Register after Backend.Close succeeded")
-	}
 }
 
 func (r *rig) closeEndpoint(endpoint backend.Endpoint) {
-	r.Helper()
-	r.guard("Endpoint.Close", func() {
-		if err := endpoint.Close(); err != nil {
-			r.Errorf("Endpoint.Close: %v", err)
-		}
-	})
+	if err := endpoint.Close(); err != nil {
+		r.Errorf("Endpoint.Close: %v", err)
+	}
 }
 
 // ended wants every transfer to have completed, now.
 func (l *link) ended(what string, all []*posted) {
-	l.r.Helper()
 	for _, p := range all {
 		if !p.completed() {
 			l.r.Errorf("%s returned before a transfer in flight had completed", what)
@@ -127,13 +113,76 @@ func closeBackend(r *rig) {
 			return r.session(endpoint, node.area(large, 0), far)
 		},
 		func(l *link) {
-			r.guard("Backend.Close", func() {
-				if err := node.backend.Close(); err != nil {
-					r.Errorf("Backend.Close: %v", err)
-				}
-			})
+			node.close()
 			r.await("Endpoint.Done after Backend.Close", endpoint.Done())
 		})
+}
+
+// closeCalls calls what is closed, at both ends.
+func closeCalls(r *rig) {
+	l := r.link(small)
+	spare := r.initiator.lend(small, allRights)
+	other := r.open("other")
+	fine := r.session(r.connect(other, r.target), other.area(small, 0), l.far)
+	r.initiator.close()
+
+	r.identity("Register after Backend.Close", spare.tryRegister())
+	_, err := r.tryConnect(r.initiator, r.target, r.target.peer)
+	r.identity("a connection from a backend that is closed", err)
+	if !r.h.NearEndOnly {
+		_, err := r.tryConnect(other, r.initiator, r.initiator.peer)
+		r.identity("a connection to a backend that is closed", err)
+	}
+	_, err = r.trySession(r.endpoint, l.near, l.far, l.far.remote)
+	r.identity("Session after Backend.Close", err)
+	l.refuses("after Backend.Close")
+	l.Cancel(1)
+	ctx, cancel := r.timeout()
+	defer cancel()
+	if err := r.initiator.backend.Deregister(ctx, l.near.remote.Region); err != nil {
+		r.identity("Deregister after Backend.Close", err)
+	}
+	if err := r.initiator.backend.Fence(ctx, r.target.peer); err != nil {
+		r.identity("Fence after Backend.Close", err)
+	}
+	for _, op := range r.ops() {
+		fine.move(op, []backend.Segment{{Length: small}}, "between others, when one end has closed")
+	}
+}
+
+// closeOutcomes ends transfers by closing what carries them, and looks whether their outcomes are true.
+func closeOutcomes(r *rig) {
+	for _, op := range r.ops() {
+		near, far := r.initiator.area(large, 0), r.target.area(large, allRights)
+		for round := range 4 {
+			endpoint := r.connect(r.initiator, r.target)
+			l := r.session(endpoint, near, far)
+			l.interrupt(op, time.Duration(round)*100*time.Microsecond, func(*posted) { r.closeEndpoint(endpoint) }, r.fence)
+		}
+		target := r.open("closing-target")
+		l := r.session(r.connect(r.initiator, target), near, target.area(large, allRights))
+		l.interrupt(op, 0, func(*posted) { target.close() }, func() {})
+	}
+}
+
+func closeOtherEndpoint(r *rig) {
+	for _, op := range r.ops() {
+		short := r.connect(r.initiator, r.target)
+		ends := r.session(short, r.initiator.area(large, 0), r.target.area(large, allRights))
+		l := r.link(large)
+		near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
+		ends.stress(op, 4)
+		all := l.stress(op, 4)
+		r.closeEndpoint(short)
+		l.waitAll(all)
+		for _, p := range all {
+			if p.err != nil {
+				r.Fatalf("a %s failed when another endpoint was closed: %v", op, p.err)
+			}
+		}
+		l.verify(all[0], near, far, "beside an endpoint that was closed")
+		l.move(op, cut64(large), "after another endpoint was closed")
+	}
 }
 
 func closeTarget(r *rig) {
@@ -143,11 +192,7 @@ func closeTarget(r *rig) {
 		endpoint := r.connect(r.initiator, target)
 		l := r.session(endpoint, near, target.area(large, allRights))
 		all := l.stress(op, 6)
-		r.guard("Backend.Close of the target", func() {
-			if err := target.backend.Close(); err != nil {
-				r.Errorf("Backend.Close of the target: %v", err)
-			}
-		})
+		target.close()
 		after := l.far.refill()
 		l.waitAll(all)
 		for _, p := range all {
@@ -167,8 +212,7 @@ func closeTarget(r *rig) {
 
 func fenceQuiet(r *rig) {
 	if r.caps().Ops&backend.Write == 0 {
-		r.Logf("nothing to fence: writes are not claimed")
-		return
+		r.Skipf("nothing to fence: writes are not claimed")
 	}
 	near, far := r.initiator.area(large, 0), r.target.area(large, allRights)
 	for range 5 {
@@ -195,11 +239,9 @@ func fenceStranger(r *rig) {
 	old := r.initiator.peer
 	old.Incarnation += 1 << 40
 	for _, peer := range []backend.Peer{{Node: "stranger", Incarnation: 1, Host: "elsewhere"}, old} {
-		r.guard("Fence of a stranger", func() {
-			if err := r.target.backend.Fence(ctx, peer); err != nil {
-				r.Errorf("Fence of a peer that never connected: %v", err)
-			}
-		})
+		if err := r.target.backend.Fence(ctx, peer); err != nil {
+			r.Errorf("Fence of a peer that never connected: %v", err)
+		}
 	}
 	l := r.link(small)
 	l.move(r.ops()[0], []backend.Segment{{Length: small}}, "after Fence of others")
@@ -223,14 +265,12 @@ func incarnationDescriptor(r *rig) {
 
 // restart closes the target and opens it again under its name, with a new incarnation and the same region ids.
 func (r *rig) restart(old *area) *area {
-	r.Helper()
-	r.guard("Backend.Close of the target", func() {
-		if err := r.target.backend.Close(); err != nil {
-			r.Errorf("Backend.Close of the target: %v", err)
-		}
-	})
+	r.target.close()
 	r.target = r.open(r.target.peer.Node)
-	return r.target.areaAs(old.remote.Region, len(old.bytes), old.remote.Rights)
+	a := r.target.lend(len(old.bytes), old.remote.Rights)
+	a.remote.Region = old.remote.Region
+	a.register()
+	return a
 }
 
 func incarnationHandshake(r *rig) {

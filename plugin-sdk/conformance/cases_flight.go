@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
@@ -61,6 +63,73 @@ func windowBusy(r *rig) {
 	l.move(op, []backend.Segment{{Length: small}}, "after a full window")
 }
 
+// windowRoom keeps the window full: each completion posts one transfer, for which there must be room. The case itself
+// posts Window transfers and no more, so that nobody else can have taken it.
+func windowRoom(r *rig) {
+	window := r.caps().Window
+	l := r.link(small)
+	op := r.ops()[0]
+	segments := []backend.Segment{{Length: 64}}
+	left := window + 2000 // completions to come; guarded by the sink's lock
+	ended := make(chan struct{})
+	var once sync.Once
+	l.sink.then = func(*posted) {
+		l.sink.mu.Lock()
+		left--
+		last, more := left == 0, left >= window
+		l.sink.mu.Unlock()
+		if more {
+			if _, err := l.try(op, segments); err != nil {
+				once.Do(func() {
+					r.Errorf("Post within Complete, of a transfer that has left a full window: %v", err)
+					close(ended)
+				})
+			}
+		}
+		if last {
+			once.Do(func() { close(ended) })
+		}
+	}
+	for range window {
+		if _, err := l.try(op, segments); err != nil {
+			r.Fatalf("Post, with fewer than %d transfers in flight: %v", window, err)
+		}
+	}
+	r.await("the end of transfers that keep the window full", ended)
+}
+
+// neverBlocks posts within Complete for as long as there is room. A Post that waits for room there waits for itself,
+// if completions come from one goroutine.
+func neverBlocks(r *rig) {
+	const fills = 8
+	l := r.link(small)
+	op := r.ops()[0]
+	fill := func() {
+		for range r.caps().Window + 64 {
+			if _, err := l.try(op, []backend.Segment{{Length: 4096}}); err != nil {
+				if !errors.Is(err, backend.ErrBusy) {
+					r.Errorf("Post until there is no more room: %v", err)
+				}
+				return
+			}
+		}
+	}
+	filled := make(chan struct{})
+	var begun, ended atomic.Int64
+	l.sink.then = func(*posted) {
+		if begun.Add(1) > fills {
+			return
+		}
+		fill()
+		if ended.Add(1) == fills {
+			close(filled)
+		}
+	}
+	fill()
+	r.await("completions, within which transfers are posted until there is no more room", filled)
+	l.closeSession()
+}
+
 func completeOnce(r *rig) {
 	for _, op := range r.ops() {
 		l := r.link(small)
@@ -74,6 +143,28 @@ func completeOnce(r *rig) {
 	}
 }
 
+// completeCookies uses numbers that some width of integer cannot hold, the same ones on two sessions of an endpoint,
+// and uses them again when they have come back.
+func completeCookies(r *rig) {
+	one := r.link(small)
+	two := r.session(r.endpoint, one.near, one.far)
+	for range 2 {
+		var all []*posted
+		for _, cookie := range []uint64{0, 1, 1 << 32, 1 << 63, math.MaxUint64} {
+			for _, l := range []*link{one, two} {
+				l.sink.lastCookie = cookie - 1
+				all = append(all, l.post(r.ops()[0], []backend.Segment{{Length: 64}}))
+			}
+		}
+		for _, p := range all {
+			one.wait(p)
+			if p.err != nil {
+				r.Errorf("a legal transfer with cookie %d failed: %v", p.Cookie, p.err)
+			}
+		}
+	}
+}
+
 func completePostInside(r *rig) {
 	l := r.link(small)
 	op := r.ops()[0]
@@ -81,7 +172,8 @@ func completePostInside(r *rig) {
 	ended := make(chan struct{})
 	var once sync.Once
 	left := chain
-	l.sink.then = func(*posted) { // one at a time: each completion posts the next transfer
+	l.sink.then = func(p *posted) { // one at a time: each completion posts the next transfer
+		l.Cancel(p.Cookie) // completed: ignored
 		if left--; left == 0 {
 			once.Do(func() { close(ended) })
 			return
@@ -95,28 +187,27 @@ func completePostInside(r *rig) {
 	r.await(fmt.Sprintf("the end of %d transfers, each posted within the completion before", chain), ended)
 }
 
-func sessionsConcurrent(r *rig) {
-	const workers, rounds, part = 4, 30, small / 2
-	type job struct {
-		l     *link
-		shift uint64
-		seed  uint64
-	}
-	var jobs []job
-	for w := range workers / 2 {
-		l := r.link(small) // two workers share a session, each with one half of the regions
-		jobs = append(jobs, job{l, 0, uint64(w)}, job{l, part, uint64(w) + 100})
-	}
-	faults := make(chan string, workers)
+func concurrentSessions(r *rig) {
+	one, two := r.link(small), r.link(small)
+	r.hammers([]*link{one, one, two, two}, 30)
+}
+
+// hammers moves random segments over several links at once, each in a part of its own of their regions.
+func (r *rig) hammers(links []*link, rounds int) {
+	part := uint64(small / len(links))
+	faults := make(chan string, len(links))
+	used := map[*area]uint64{}
 	var wg sync.WaitGroup
-	for _, j := range jobs {
+	for i, l := range links {
+		shift := used[l.near] * part
+		used[l.near]++
 		wg.Go(func() {
-			if fault := hammer(j.l, j.shift, part, rounds, rand.New(rand.NewPCG(j.seed, 1))); fault != "" {
+			if fault := hammer(l, shift, part, rounds, rand.New(rand.NewPCG(uint64(i), 1))); fault != "" {
 				faults <- fault
 			}
 		})
 	}
-	r.guard("concurrent sessions", wg.Wait)
+	r.guard("transfers beside each other", wg.Wait)
 	close(faults)
 	for fault := range faults {
 		r.Errorf("%s", fault)
@@ -154,6 +245,74 @@ func hammer(l *link, shift, part uint64, rounds int, rng *rand.Rand) string {
 			if !bytes.Equal(l.near.bytes[s.Local:][:s.Length], l.far.bytes[s.Remote:][:s.Length]) {
 				return fmt.Sprintf("a %s beside others brought wrong bytes", op)
 			}
+		}
+	}
+	return ""
+}
+
+// concurrentCalls sets up and tears down connections, regions and sessions in both directions at once.
+func concurrentCalls(r *rig) {
+	const workers, rounds = 4, 6
+	faults := make(chan string, workers)
+	var wg sync.WaitGroup
+	for w := range workers {
+		from, to := r.initiator, r.target
+		if w%2 == 1 && !r.h.NearEndOnly {
+			from, to = to, from
+		}
+		near, far := from.lend(small, 0), to.lend(small, allRights)
+		wg.Go(func() {
+			for round := range rounds {
+				if fault := r.cycle(near, far, uint64(w*rounds+round)); fault != "" {
+					faults <- fault
+					return
+				}
+				near.remote.Region += 1000 // ids are never used twice
+				far.remote.Region += 1000
+			}
+		})
+	}
+	r.guard("connections beside each other", wg.Wait)
+	close(faults)
+	for fault := range faults {
+		r.Errorf("%s", fault)
+	}
+}
+
+// cycle is the life of a connection, from Register to Deregister. It runs beside others, and returns what went wrong.
+func (r *rig) cycle(near, far *area, seed uint64) string {
+	fault := func(what string, err error) string {
+		return fmt.Sprintf("%s of %s beside others: %v", what, near.node.peer, err)
+	}
+	for _, a := range []*area{near, far} {
+		if err := a.tryRegister(); err != nil {
+			return fault("Register", err)
+		}
+	}
+	endpoint, err := r.tryConnect(near.node, far.node, far.node.peer)
+	if err != nil {
+		return fault("a connection", err)
+	}
+	l, err := r.trySession(endpoint, near, far, far.remote)
+	if err != nil {
+		return fault("Session", err)
+	}
+	if text := hammer(l, 0, small, 3, rand.New(rand.NewPCG(seed, 2))); text != "" {
+		return text
+	}
+	ctx, cancel := r.timeout()
+	defer cancel()
+	for _, end := range []struct {
+		what string
+		call func() error
+	}{
+		{"Session.Close", l.Close},
+		{"Deregister", func() error { return near.node.backend.Deregister(ctx, near.remote.Region) }},
+		{"Deregister at the target", func() error { return far.node.backend.Deregister(ctx, far.remote.Region) }},
+		{"Endpoint.Close", endpoint.Close},
+	} {
+		if err := end.call(); err != nil {
+			return fault(end.what, err)
 		}
 	}
 	return ""
@@ -233,43 +392,46 @@ func cancelQuiet(r *rig) {
 		near, far := r.initiator.area(large, 0), r.target.area(large, allRights)
 		for round := range 4 {
 			l := r.session(r.connect(r.initiator, r.target), near, far)
-			nearBefore, farBefore := near.refill(), far.refill()
-			p := l.post(op, cut64(large))
-			if round%2 == 1 {
-				time.Sleep(time.Duration(round) * 100 * time.Microsecond)
-			}
-			l.Cancel(p.Cookie)
-			l.wait(p)
-			if op == backend.Read {
-				l.verify(p, nearBefore, farBefore, "a cancelled read")
-			}
-			nearAfter := near.refill()
-			time.Sleep(settle)
-			near.unchanged(nearAfter, "a cancelled "+op.String()+" touched memory after its completion")
-			if op == backend.Write {
-				r.fence()
-				mixed(r, p, nearBefore, farBefore, far)
-			}
+			l.interrupt(op, time.Duration(round%2*round)*100*time.Microsecond, func(p *posted) { l.Cancel(p.Cookie) }, r.fence)
 			l.closeSession()
 		}
 	}
 }
 
-// mixed checks the target of a write that was cancelled and is fenced: each byte is the old one or the new one,
+// interrupt ends a transfer before its time, and compares what its completion says with the memory of both ends.
+func (l *link) interrupt(op backend.Op, after time.Duration, end func(*posted), fence func()) {
+	r := l.r
+	near, far := l.near.refill(), l.far.refill()
+	p := l.post(op, cut64(len(l.near.bytes)))
+	time.Sleep(after)
+	end(p)
+	l.wait(p)
+	if op == backend.Read {
+		l.verify(p, near, far, "a read that was ended early")
+	}
+	nearAfter := l.near.refill()
+	time.Sleep(settle)
+	l.near.unchanged(nearAfter, "a "+op.String()+" that was ended early touched memory after its completion")
+	if op == backend.Write {
+		fence()
+		mixed(r, p, near, far, l.far)
+	}
+}
+
+// mixed checks the target of a write that was ended early and is fenced: each byte is the old one or the new one,
 // and in segments whose outcome is certain it is the one that the outcome says.
 func mixed(r *rig, p *posted, source, before []byte, far *area) {
-	r.Helper()
 	for i, s := range p.Segments {
 		was, sent, is := before[margin+s.Remote:][:s.Length], source[margin+s.Local:][:s.Length], far.bytes[s.Remote:][:s.Length]
 		switch p.outcome(i) {
 		case backend.Done:
 			if !bytes.Equal(is, sent) {
-				r.Fatalf("segment %d of a cancelled write is Done, and its bytes are not those that were to be written", i)
+				r.Fatalf("segment %d of a write that was ended early is Done, and its bytes are not those that were to be written", i)
 			}
 			continue
 		case backend.NotSent:
 			if !bytes.Equal(is, was) {
-				r.Fatalf("segment %d of a cancelled write is NotSent, and the target has changed", i)
+				r.Fatalf("segment %d of a write that was ended early is NotSent, and the target has changed", i)
 			}
 			continue
 		}
@@ -278,7 +440,7 @@ func mixed(r *rig, p *posted, source, before []byte, far *area) {
 		}
 		for k := range is {
 			if is[k] != was[k] && is[k] != sent[k] {
-				r.Fatalf("segment %d of a cancelled write brought bytes that the initiator's memory got after the completion", i)
+				r.Fatalf("segment %d of a write that was ended early brought bytes that the initiator's memory got after the completion", i)
 			}
 		}
 	}

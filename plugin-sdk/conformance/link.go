@@ -16,6 +16,7 @@ type link struct {
 	r         *rig
 	near, far *area
 	sink      *sink
+	waiter    backend.PostWaiter // used instead of Post, where it is set
 }
 
 // posted is one transfer of a link.
@@ -90,7 +91,6 @@ func (s *sink) check(p *posted) {
 
 // audit reports what is wrong. It is called when nothing is in flight any more.
 func (s *sink) audit(r *rig) {
-	r.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, c := range s.complaints {
@@ -135,7 +135,6 @@ func (p *posted) outcome(i int) backend.Outcome {
 
 // session binds an endpoint to two areas; it must succeed.
 func (r *rig) session(endpoint backend.Endpoint, near, far *area) *link {
-	r.Helper()
 	l, err := r.trySession(endpoint, near, far, far.remote)
 	if err != nil {
 		r.Fatalf("Session: %v", err)
@@ -153,13 +152,14 @@ func (r *rig) trySession(endpoint backend.Endpoint, near, far *area, remote back
 		return nil, err
 	}
 	l.Session = session
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.links = append(r.links, l)
 	return l, nil
 }
 
 // link lends two areas of one size, one to each end, and binds the rig's endpoint to them.
 func (r *rig) link(size int) *link {
-	r.Helper()
 	return r.session(r.endpoint, r.initiator.area(size, 0), r.target.area(size, allRights))
 }
 
@@ -176,7 +176,11 @@ func (l *link) try(op backend.Op, segments []backend.Segment) (*posted, error) {
 	s.mu.Unlock()
 	handed := p.Transfer
 	handed.Segments = slices.Clone(segments)
-	err := l.Post(handed)
+	post := l.Post
+	if l.waiter != nil {
+		post = l.waiter.PostWait
+	}
+	err := post(handed)
 	// From here on the slice is the host's again. What a backend that kept it would read now is a legal transfer,
 	// but another one.
 	for i := range handed.Segments {
@@ -193,7 +197,6 @@ func (l *link) try(op backend.Op, segments []backend.Segment) (*posted, error) {
 
 // post posts until the transfer is accepted.
 func (l *link) post(op backend.Op, segments []backend.Segment) *posted {
-	l.r.Helper()
 	deadline := time.Now().Add(l.r.h.Patience)
 	for {
 		p, err := l.try(op, segments)
@@ -212,13 +215,11 @@ func (l *link) post(op backend.Op, segments []backend.Segment) *posted {
 
 // wait waits for a transfer.
 func (l *link) wait(p *posted) {
-	l.r.Helper()
 	l.r.await("the completion of an accepted "+p.Op.String(), p.done)
 }
 
 // move posts a transfer, waits for it, and wants it done, with both memories as they should then be.
 func (l *link) move(op backend.Op, segments []backend.Segment, what string) {
-	l.r.Helper()
 	near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
 	p := l.post(op, segments)
 	l.wait(p)
@@ -231,7 +232,6 @@ func (l *link) move(op backend.Op, segments []backend.Segment, what string) {
 // verify compares both memories with what a completed transfer says about its segments. near and far are copies
 // from before.
 func (l *link) verify(p *posted, near, far []byte, what string) {
-	l.r.Helper()
 	if l.r.h.NearEndOnly {
 		return
 	}
@@ -256,11 +256,8 @@ func (l *link) verify(p *posted, near, far []byte, what string) {
 
 // closeSession closes the session, after which the sink must not be called.
 func (l *link) closeSession() {
-	l.r.Helper()
-	l.r.guard("Session.Close", func() {
-		if err := l.Close(); err != nil {
-			l.r.Errorf("Session.Close: %v", err)
-		}
-	})
+	if err := l.Close(); err != nil {
+		l.r.Errorf("Session.Close: %v", err)
+	}
 	l.sink.audit(l.r)
 }

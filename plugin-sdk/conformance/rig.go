@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync/atomic"
@@ -32,7 +33,7 @@ var lastIncarnation atomic.Uint64
 
 // rig is what a case works with: two ends, a connection from the first to the second, and the memory of both.
 type rig struct {
-	TB
+	*trial
 	h                 Harness
 	ctx               context.Context
 	initiator, target *node
@@ -49,6 +50,9 @@ type node struct {
 	r       *rig
 	peer    backend.Peer
 	backend backend.Backend
+	process Process // nil when it is linked in
+	closed  bool
+	killed  bool // on purpose
 }
 
 // area is a region of a node.
@@ -56,25 +60,30 @@ type area struct {
 	node   *node
 	memory []byte // with the margins
 	bytes  []byte // the region
+	fd     int
 	remote backend.Remote
 }
 
-func newRig(tb TB, h Harness) *rig {
-	tb.Helper()
-	r := &rig{TB: tb, h: h, ctx: context.Background(), rng: rand.NewChaCha8([32]byte{1})}
+func newRig(t *trial, h Harness) *rig {
+	return &rig{trial: t, h: h, ctx: context.Background(), rng: rand.NewChaCha8([32]byte{1})}
+}
+
+func (r *rig) setUp() {
 	r.initiator, r.target = r.open("initiator"), r.open("target")
 	r.endpoint = r.connect(r.initiator, r.target)
-	return r
 }
 
 func (r *rig) open(name string) *node {
-	r.Helper()
 	n := &node{r: r, peer: backend.Peer{Node: name, Incarnation: lastIncarnation.Add(1), Host: r.h.Host}}
+	defer r.calling("Factory.Open")()
 	b, err := r.h.open(r.ctx, n.peer)
 	if err != nil {
 		r.Fatalf("open the %s: %v", name, err)
 	}
-	n.backend = b
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.opened = append(r.opened, b)
+	n.backend, n.process = watched{b, r.trial}, r.h.Process(b)
 	r.nodes = append(r.nodes, n)
 	return n
 }
@@ -82,27 +91,41 @@ func (r *rig) open(name string) *node {
 // close ends the case, also one that has failed: it closes both ends, checks that every accepted transfer has
 // completed once, and gives the memory back.
 func (r *rig) close() {
-	r.Helper()
 	for _, n := range r.nodes {
-		r.guard("Backend.Close of the "+n.peer.Node, func() {
-			if err := n.backend.Close(); err != nil {
-				r.Errorf("Backend.Close of the %s: %v", n.peer.Node, err)
-			}
-		})
+		n.close()
 	}
 	for _, l := range r.links {
 		l.sink.audit(r)
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stuck {
+		return
+	}
 	for _, m := range r.lent {
 		if err := m.Free(); err != nil {
-			r.Errorf("free memory: %v", err)
+			r.failures = append(r.failures, fmt.Sprintf("free memory: %v", err))
 		}
 	}
 }
 
-// guard runs what must return, and fails the case when it does not.
+// close closes the backend. A process of its own must have lived until then.
+func (n *node) close() {
+	died := n.killed
+	if !n.closed && !died && n.process != nil {
+		if err := n.process.Died(); err != nil {
+			n.r.Errorf("the plugin's process, as the %s, has died: %v", n.peer.Node, err)
+			died = true
+		}
+	}
+	n.closed = true
+	if err := n.backend.Close(); err != nil && !died {
+		n.r.Errorf("Backend.Close of the %s: %v", n.peer.Node, err)
+	}
+}
+
+// guard runs what must return, and ends the case when it does not.
 func (r *rig) guard(what string, f func()) {
-	r.Helper()
 	returned := make(chan struct{})
 	go func() {
 		defer close(returned)
@@ -113,12 +136,7 @@ func (r *rig) guard(what string, f func()) {
 
 // await waits until c is closed.
 func (r *rig) await(what string, c <-chan struct{}) {
-	r.Helper()
-	timer := time.NewTimer(r.h.Patience)
-	defer timer.Stop()
-	select {
-	case <-c:
-	case <-timer.C:
+	if !r.wait(c, r.h.Patience) {
 		r.Fatalf("%s: nothing after %s", what, r.h.Patience)
 	}
 }
@@ -139,7 +157,6 @@ func (r *rig) ops() []backend.Op {
 
 // connect makes a connection that must succeed.
 func (r *rig) connect(from, to *node) backend.Endpoint {
-	r.Helper()
 	endpoint, err := r.tryConnect(from, to, to.peer)
 	if err != nil {
 		r.Fatalf("connect %s to %s: %v", from.peer, to.peer, err)
@@ -163,38 +180,49 @@ func (r *rig) tryConnect(from, to *node, as backend.Peer) (backend.Endpoint, err
 	return handshake.Establish(ctx, answer)
 }
 
-// area lends memory to the node, full of random bytes, and registers it.
+// area lends memory to the node and registers it.
 func (n *node) area(size int, rights backend.Rights) *area {
-	n.r.Helper()
-	n.r.lastRegion++
-	return n.areaAs(n.r.lastRegion, size, rights)
+	a := n.lend(size, rights)
+	a.register()
+	return a
 }
 
-func (n *node) areaAs(id backend.RegionID, size int, rights backend.Rights) *area {
+// lend gives the node memory, full of random bytes, and an id of its own. It is yet to be registered.
+func (n *node) lend(size int, rights backend.Rights) *area {
 	r := n.r
-	r.Helper()
 	lent, err := r.h.NewMemory(size + 2*margin)
 	if err != nil {
 		r.Fatalf("NewMemory: %v", err)
 	}
 	r.lent = append(r.lent, lent)
 	r.fill(lent.Bytes)
-	a := &area{node: n, memory: lent.Bytes, bytes: lent.Bytes[margin : margin+size : margin+size]}
-	a.remote = backend.Remote{
-		Peer: n.peer, Region: id, Kind: backend.HostMemory, Rights: rights, Size: uint64(size),
+	r.lastRegion++
+	return &area{
+		node: n, memory: lent.Bytes, bytes: lent.Bytes[margin : margin+size : margin+size], fd: lent.FD,
+		remote: backend.Remote{
+			Peer: n.peer, Region: r.lastRegion, Kind: backend.HostMemory, Rights: rights, Size: uint64(size),
+		},
 	}
-	a.remote.Key, err = n.backend.Register(r.ctx, a.asMemory(lent.FD))
-	if err != nil {
-		r.Fatalf("Register region %d of %d bytes: %v", id, size, err)
-	}
-	return a
 }
 
-func (a *area) asMemory(fd int) backend.Memory {
-	m := backend.Memory{
-		Region: a.remote.Region, Kind: backend.HostMemory, Rights: a.remote.Rights, Bytes: a.bytes, FD: fd,
+// register registers the memory; it must succeed.
+func (a *area) register() {
+	if err := a.tryRegister(); err != nil {
+		a.node.r.Fatalf("Register region %d of %d bytes: %v", a.remote.Region, len(a.bytes), err)
 	}
-	if fd >= 0 {
+}
+
+func (a *area) tryRegister() error {
+	key, err := a.node.backend.Register(a.node.r.ctx, a.asMemory())
+	a.remote.Key = key
+	return err
+}
+
+func (a *area) asMemory() backend.Memory {
+	m := backend.Memory{
+		Region: a.remote.Region, Kind: backend.HostMemory, Rights: a.remote.Rights, Bytes: a.bytes, FD: a.fd,
+	}
+	if a.fd >= 0 {
 		m.FDOffset = margin
 	}
 	return m
@@ -219,7 +247,6 @@ func (r *rig) fill(p []byte) {
 // unchanged compares the memory, margins included, with what it should be.
 func (a *area) unchanged(want []byte, why string) {
 	r := a.node.r
-	r.Helper()
 	if r.h.NearEndOnly || bytes.Equal(a.memory, want) {
 		return
 	}
@@ -233,23 +260,23 @@ func (a *area) unchanged(want []byte, why string) {
 // deregister ends the use of the region.
 func (a *area) deregister() {
 	r := a.node.r
-	r.Helper()
 	ctx, cancel := r.timeout()
 	defer cancel()
-	r.guard("Deregister", func() {
-		if err := a.node.backend.Deregister(ctx, a.remote.Region); err != nil {
-			r.Errorf("Deregister region %d: %v", a.remote.Region, err)
-		}
-	})
+	if err := a.node.backend.Deregister(ctx, a.remote.Region); err != nil {
+		r.Errorf("Deregister region %d: %v", a.remote.Region, err)
+	}
 }
 
-// fence waits until the initiator's writes to the target are over. An error means "not certain yet".
-func (r *rig) fence() {
-	r.Helper()
+// fence waits until the initiator's writes to the target are over.
+func (r *rig) fence() { r.target.fence(r.initiator) }
+
+// fence waits until what the other node has written to this one is over. An error means "not certain yet".
+func (n *node) fence(other *node) {
+	r := n.r
 	ctx, cancel := r.timeout()
 	defer cancel()
 	for {
-		err := r.target.backend.Fence(ctx, r.initiator.peer)
+		err := n.backend.Fence(ctx, other.peer)
 		if err == nil {
 			return
 		}
@@ -263,7 +290,6 @@ func (r *rig) fence() {
 
 // identity checks that an error has one, and that it is among the codes, if any are given.
 func (r *rig) identity(what string, err error, allowed ...backend.Code) {
-	r.Helper()
 	var e *backend.Error
 	code := backend.CodeOf(err)
 	switch {
