@@ -179,14 +179,14 @@ func TestTargetKilled(t *testing.T) {
 		2: {backend.NotSent, backend.NotSent},
 	} {
 		c := k.wait(t, cookie)
-		wantCode(t, c.Err, backend.PeerGone)
+		wantCode(t, c.Err, backend.PathDown)
 		if !slices.Equal(c.Outcomes, want) {
 			t.Errorf("transfer %d: outcomes %v, want %v", cookie, c.Outcomes, want)
 		}
 	}
-	wantCode(t, post(s, backend.Write, 3, segments...), backend.PeerGone)
+	wantCode(t, post(s, backend.Write, 3, segments...), backend.PathDown)
 	_, err = e.Session(soon(t), 1, remote, k)
-	wantCode(t, err, backend.PeerGone)
+	wantCode(t, err, backend.PathDown)
 
 	// Its successor is reached with a new endpoint, and not by the old descriptor.
 	b2 := startChild(t, peer("b", 3))
@@ -222,13 +222,13 @@ func TestTargetKilledUnderWorkers(t *testing.T) {
 			<-k.more // of those that are in flight, one will complete
 		}
 	}
-	wantCode(t, err, backend.PeerGone)
+	wantCode(t, err, backend.PathDown)
 	must(t, s.Close())
 	if uint64(len(k.got)) != posted || len(k.twin) > 0 {
 		t.Errorf("%d of %d transfers completed", len(k.got), posted)
 	}
 	for cookie, c := range k.got {
-		if c.Err != nil && (backend.CodeOf(c.Err) != backend.PeerGone || slices.Contains(c.Outcomes, backend.Done)) {
+		if c.Err != nil && (backend.CodeOf(c.Err) != backend.PathDown || slices.Contains(c.Outcomes, backend.Done)) {
 			t.Errorf("transfer %d: %v, outcomes %v", cookie, c.Err, c.Outcomes)
 		}
 	}

@@ -218,6 +218,9 @@ func (m *mapping) isReady() bool {
 	}
 }
 
+// errCut does not say that the peer is gone: where the backend is a process of its own, another one may follow it.
+var errCut = errors.New("the process at the other end has ended, or it has cut the connection")
+
 // diagnose says what the end of the stream means. A target that lives and wants its memory back has shut down
 // only its sending side: a message to it goes through. One that is gone cannot be written to.
 func (r *socketReach) diagnose(err error) *backend.Error {
@@ -225,9 +228,7 @@ func (r *socketReach) diagnose(err error) *backend.Error {
 		return errRevoked(r.peer)
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
-		return &backend.Error{
-			Code: backend.PeerGone, Backend: name, Peer: r.peer, Text: "the peer's process has ended, or it has cut the connection",
-		}
+		return &backend.Error{Code: backend.PathDown, Backend: name, Peer: r.peer, Err: errCut}
 	}
 	return &backend.Error{Code: backend.PathDown, Backend: name, Peer: r.peer, Err: err}
 }

@@ -91,7 +91,7 @@ func (t *transfer) finish() {
 
 	e.mu.Lock()
 	// What is in the memory of a process that is gone is of no use to anyone.
-	lost := e.err != nil && e.err.Code == backend.PeerGone
+	lost := e.err != nil && e.err.Err == errCut
 	if lost || t.next < len(t.segments) {
 		c.Err, c.Outcomes = t.reason(), t.outcomes(lost)
 	}
