@@ -286,6 +286,9 @@ func (c *PoolClient) node(ctx context.Context, info directory.Node) (*node, erro
 		}()
 	}
 	c.mu.Unlock()
+	if n := e.known(); n != nil {
+		return n, nil // at work always, and without asking ctx for its channel, which it makes when it is first asked
+	}
 	select {
 	case <-e.ready:
 		return e.node, e.err

@@ -40,13 +40,18 @@ type Engine struct {
 	dispatcher *dispatch.Dispatcher
 	log        backend.Logger
 
-	mu    sync.Mutex
-	peers map[backend.Peer][]*Answerer // those added, and not removed
+	// operating is held by the one who enables or disables a backend.
+	operating chan struct{}
+
+	mu       sync.Mutex
+	peers    map[backend.Peer][]*Answerer // those added, and not removed
+	disabled []bool                       // by backend
+	keys     sync.Mutex                   // orders the keys that backends give, first and later
 }
 
 // Answerer carries a backend's offer to the peer that it stands for. Every peer.Service is one.
 type Answerer interface {
-	Answer(ctx context.Context, req *peer.AnswerRequest) (answer []byte, err error)
+	Answer(ctx context.Context, req *peer.AnswerRequest) (*peer.AnswerReply, error)
 }
 
 // NewEngine opens the backends and draws an incarnation. The context bounds opening only.
@@ -56,16 +61,18 @@ func NewEngine(ctx context.Context, opts EngineOptions) (*Engine, error) {
 	}
 	var names []string
 	for _, spec := range opts.Backends {
-		names = append(names, spec.Factory.Name)
+		names = append(names, spec.Name())
 	}
 	if err := selector.Validate(opts.Rules, names); err != nil {
 		return nil, fmt.Errorf("selection policy: %w", err)
 	}
 	e := &Engine{
-		self:    backend.Peer{Node: opts.Node, Incarnation: region.NewIncarnation(), Host: region.HostID()},
-		regions: region.NewTable(),
-		peers:   make(map[backend.Peer][]*Answerer),
-		log:     opts.Log,
+		self:      backend.Peer{Node: opts.Node, Incarnation: region.NewIncarnation(), Host: region.HostID()},
+		regions:   region.NewTable(),
+		peers:     make(map[backend.Peer][]*Answerer),
+		log:       opts.Log,
+		operating: make(chan struct{}, 1),
+		disabled:  make([]bool, len(opts.Backends)),
 	}
 	if e.log == nil {
 		e.log = silent{}
@@ -73,7 +80,7 @@ func NewEngine(ctx context.Context, opts EngineOptions) (*Engine, error) {
 	var err error
 	e.backends, err = host.Open(ctx, backend.Config{
 		Self: e.self, Credentials: opts.Credentials, Insecure: opts.Insecure, Log: opts.Log,
-	}, opts.Backends)
+	}, e.withKeys(opts.Backends))
 	if err != nil {
 		return nil, err
 	}
@@ -121,40 +128,40 @@ func (e *Engine) Outages() []selector.Outage { return e.selector.Outages(time.No
 
 // Counters returns what the named backend has carried, or nil for an unknown name.
 func (e *Engine) Counters(name string) *dispatch.Counters {
-	for i, b := range e.backends {
-		if b.Name == name {
-			return e.dispatcher.Counters(i)
-		}
+	if i := e.find(name); i >= 0 {
+		return e.dispatcher.Counters(i)
 	}
 	return nil
 }
 
 // Register makes memory usable for transfers, and returns the region as it is from then on. The region given says
 // what the memory is; it must not be used afterwards. A backend that cannot use the memory leaves no key, and is
-// not chosen for it; when no backend can, the region is refused with all their reasons. The memory must stay
-// mapped until Deregister has returned.
+// not chosen for it; when no backend can, the region is refused with all their reasons. A backend whose process is being
+// started anew is waited for, a few seconds long; one that is down then, will not use the region either when it is up
+// again. The memory must stay mapped until Deregister has returned.
 func (e *Engine) Register(ctx context.Context, r *region.Region) (*region.Region, error) {
 	if err := e.regions.Add(r); err != nil {
 		return nil, err
 	}
 	id := r.ID
-	var refusals []error
+	var absent, refusals []error
 	registered := false
 	for _, b := range e.backends {
 		if b.Backend == nil {
+			absent = append(absent, fmt.Errorf("%s is not to be had: %w", b.Name, b.Err))
 			continue
 		}
-		key, err := b.Backend.Register(ctx, r.Memory())
+		key, err := registerWith(ctx, &b, r.Memory())
 		if err != nil {
 			refusals = append(refusals, fmt.Errorf("register region %d with %s: %w", id, b.Name, err))
 			continue
 		}
 		registered = true
-		e.regions.SetKey(id, b.Name, key)
+		e.setFirstKey(id, b.Name, key)
 	}
 	if !registered {
 		e.regions.Remove(id)
-		return nil, errors.Join(append(refusals, errors.New("no backend can use the memory"))...)
+		return nil, errors.Join(append(slices.Concat(refusals, absent), errors.New("no backend can use the memory"))...)
 	}
 	for _, err := range refusals {
 		e.log.Warn("a backend cannot use a region, and will not be chosen for it", "error", err)
@@ -191,15 +198,83 @@ func (e *Engine) Deregister(ctx context.Context, id backend.RegionID) error {
 	return nil
 }
 
-// Answer is the target's half of connecting a backend.
-func (e *Engine) Answer(ctx context.Context, from backend.Peer, backendName string, offer []byte) ([]byte, error) {
-	for _, b := range e.backends {
-		if b.Name == backendName && b.Backend != nil {
-			return b.Backend.Answer(ctx, from, offer)
+// How long, and how often, Register asks a backend whose process is being started anew.
+const (
+	registerPatience = 5 * time.Second
+	registerPause    = 20 * time.Millisecond
+)
+
+func registerWith(ctx context.Context, b *host.Backend, m backend.Memory) (key []byte, err error) {
+	for deadline := time.Now().Add(registerPatience); ; {
+		key, err = b.Backend.Register(ctx, m)
+		if backend.CodeOf(err) != backend.PathDown || b.Process == nil || b.Process.State().Phase == host.Down || time.Now().After(deadline) {
+			return key, err
+		}
+		select {
+		case <-time.After(registerPause):
+		case <-ctx.Done():
+			return nil, err
 		}
 	}
-	return nil, &backend.Error{Code: backend.Unsupported, Op: "answer", Backend: backendName, Peer: e.self,
-		Text: "this process has no such backend"}
+}
+
+// setFirstKey records the key that Register has returned. A key that is there already is younger: the backend has been
+// started anew meanwhile.
+func (e *Engine) setFirstKey(id backend.RegionID, backendName string, key []byte) {
+	e.keys.Lock()
+	defer e.keys.Unlock()
+	if r, ok := e.regions.Get(id); ok {
+		if _, younger := r.Keys[backendName]; !younger {
+			e.regions.SetKey(id, backendName, key)
+		}
+	}
+}
+
+// withKeys has the backends tell of the keys that regions get when a backend's process is started anew.
+func (e *Engine) withKeys(specs []host.Spec) []host.Spec {
+	specs = slices.Clone(specs)
+	for i := range specs {
+		name := specs[i].Name()
+		specs[i].KeysChanged = func(id backend.RegionID, key []byte) {
+			e.keys.Lock()
+			defer e.keys.Unlock()
+			e.regions.SetKey(id, name, key)
+		}
+	}
+	return specs
+}
+
+// Answer is the target's half of connecting a backend. The reply has the keys of all regions that give peers rights:
+// whoever carries it to a peer that is to reach some of them only takes the others out.
+func (e *Engine) Answer(ctx context.Context, from backend.Peer, backendName string, offer []byte) (*peer.AnswerReply, error) {
+	refuse := func(code backend.Code, text string) (*peer.AnswerReply, error) {
+		return nil, &backend.Error{Code: code, Op: "answer", Backend: backendName, Peer: e.self, Text: text}
+	}
+	i := e.find(backendName)
+	switch {
+	case i < 0 || e.backends[i].Backend == nil:
+		return refuse(backend.Unsupported, "this process has no such backend")
+	case e.isDisabled(i): // the peer takes another way, where its policy allows one, and tries again later
+		return refuse(backend.PathDown, selector.Disabled)
+	}
+	answer, err := e.backends[i].Backend.Answer(ctx, from, offer)
+	if err != nil {
+		return nil, err
+	}
+	// The keys are looked up when the answer is there: those of a younger instance than the one that gave it do no harm,
+	// since nothing can be established with that any more.
+	reply := &peer.AnswerReply{Answer: answer, Keys: make(map[backend.RegionID][]byte)}
+	for _, r := range e.regions.All() {
+		if key, registered := r.Keys[backendName]; registered && r.Rights != 0 {
+			reply.Keys[r.ID] = key
+		}
+	}
+	return reply, nil
+}
+
+// find returns the number of the backend of that name, or -1.
+func (e *Engine) find(name string) int {
+	return slices.IndexFunc(e.backends, func(b host.Backend) bool { return b.Name == name })
 }
 
 // Fence returns nil when nothing that the peer posted before can touch this process's memory any more.
@@ -242,7 +317,18 @@ func (e *Engine) removePeer(p backend.Peer, way *Answerer) {
 	}
 }
 
-func (e *Engine) carry(ctx context.Context, to backend.Peer, backendName string, offer []byte) ([]byte, error) {
+// carry is the dispatcher's dispatch.Carry.
+func (e *Engine) carry(ctx context.Context, to backend.Peer, backendName string, offer []byte) (
+	answer []byte, keys map[backend.RegionID][]byte, err error,
+) {
+	reply, err := e.askPeer(ctx, to, backendName, offer)
+	if err != nil {
+		return nil, nil, err
+	}
+	return reply.Answer, reply.Keys, nil
+}
+
+func (e *Engine) askPeer(ctx context.Context, to backend.Peer, backendName string, offer []byte) (*peer.AnswerReply, error) {
 	if to == e.self {
 		return e.Answer(ctx, e.self, backendName, offer)
 	}

@@ -3,6 +3,7 @@ package core
 import (
 	"time"
 
+	"github.com/umbp/umbp/core/host"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
@@ -16,4 +17,10 @@ func (c *PoolClient) KnownNodes() int {
 // FailPath makes the selector believe that a backend cannot connect to a peer.
 func (e *Engine) FailPath(b int, p backend.Peer, err error) {
 	e.selector.PathFailed(b, p, err, time.Now())
+}
+
+// TellKey does what a backend does whose process has been started anew: it tells the key that a region has now.
+func (e *Engine) TellKey(backendName string, id backend.RegionID, key []byte) {
+	specs := e.withKeys([]host.Spec{{Factory: backend.Factory{Name: backendName}}})
+	specs[0].KeysChanged(id, key)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 
 	"github.com/umbp/umbp/core/control"
 	"github.com/umbp/umbp/core/directory"
@@ -53,7 +54,7 @@ func NewNode(ctx context.Context, engine *Engine, opts NodeOptions) (*Node, erro
 	}
 	n := &Node{engine: engine, arena: arena, region: r}
 	n.Node, err = peer.NewNode(peer.Options{
-		Fabric: poolFabric{engine, r.Descriptor(engine.self)}, Directory: opts.Directory, Address: opts.Address, PageSize: opts.PageSize, Limits: opts.Limits, Log: opts.Log,
+		Fabric: poolFabric{engine, r.ID}, Directory: opts.Directory, Address: opts.Address, PageSize: opts.PageSize, Limits: opts.Limits, Log: opts.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.free(ctx))
@@ -64,10 +65,26 @@ func NewNode(ctx context.Context, engine *Engine, opts NodeOptions) (*Node, erro
 // poolFabric is what the node's bookkeeping sees of the engine: of its regions, the pool alone.
 type poolFabric struct {
 	*Engine
-	pool region.Descriptor
+	pool backend.RegionID
 }
 
-func (f poolFabric) Describe() []region.Descriptor { return []region.Descriptor{f.pool} }
+// Describe returns the pool with its present keys.
+func (f poolFabric) Describe() []region.Descriptor {
+	d, err := f.Descriptor(f.pool)
+	if err != nil { // the node is being closed
+		return nil
+	}
+	return []region.Descriptor{d}
+}
+
+// Answer keeps the keys of regions that are not the pool's from those who know the node only.
+func (f poolFabric) Answer(ctx context.Context, from backend.Peer, backendName string, offer []byte) (*peer.AnswerReply, error) {
+	reply, err := f.Engine.Answer(ctx, from, backendName, offer)
+	if err == nil {
+		maps.DeleteFunc(reply.Keys, func(id backend.RegionID, _ []byte) bool { return id != f.pool })
+	}
+	return reply, err
+}
 
 // Engine returns the engine that the node stands on.
 func (n *Node) Engine() *Engine { return n.engine }

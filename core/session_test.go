@@ -24,7 +24,7 @@ import (
 // answerer carries offers to an engine in this process.
 type answerer struct{ *core.Engine }
 
-func (a answerer) Answer(ctx context.Context, req *peer.AnswerRequest) ([]byte, error) {
+func (a answerer) Answer(ctx context.Context, req *peer.AnswerRequest) (*peer.AnswerReply, error) {
 	return a.Engine.Answer(ctx, req.From, req.Backend, req.Offer)
 }
 

@@ -54,9 +54,10 @@ func openAll(tb testing.TB, node string, size int, options map[string]string, fa
 
 // dispatcher makes a dispatcher of o's that reaches the others.
 func (o *opened) dispatcher(tb testing.TB, others ...*opened) *dispatch.Dispatcher {
-	opts := dispatch.Options{Carry: func(ctx context.Context, to backend.Peer, name string, offer []byte) ([]byte, error) {
+	opts := dispatch.Options{Carry: func(ctx context.Context, to backend.Peer, name string, offer []byte) ([]byte, map[backend.RegionID][]byte, error) {
 		i := slices.IndexFunc(others, func(o *opened) bool { return o.self == to })
-		return others[i].backends[name].Answer(ctx, o.self, offer)
+		answer, err := others[i].backends[name].Answer(ctx, o.self, offer)
+		return answer, nil, err
 	}}
 	var known []selector.Backend
 	for _, name := range o.names {

@@ -26,8 +26,11 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
-// Carry hands a backend's offer to the peer over the control plane and returns the peer's answer.
-type Carry func(ctx context.Context, to backend.Peer, backendName string, offer []byte) (answer []byte, err error)
+// Carry hands a backend's offer to the peer over the control plane. It returns the peer's answer, and the keys that the
+// peer's regions have for this backend at present, by region. For sessions on the connection that is being made, such a
+// key counts before that of a descriptor, which may be older than the backend's present instance.
+type Carry func(ctx context.Context, to backend.Peer, backendName string, offer []byte) (
+	answer []byte, keys map[backend.RegionID][]byte, err error)
 
 // Options says how a Dispatcher works. Zero fields take the defaults named.
 type Options struct {
@@ -70,6 +73,7 @@ type Dispatcher struct {
 
 	mu        sync.Mutex
 	closed    bool
+	disabled  []bool // by backend
 	endpoints map[endpointKey]*pending[*endpoint]
 	opening   map[sessionKey]*pending[*session]
 }
@@ -95,7 +99,8 @@ type sessionKey = pathmap.Key
 // session is a backend's session and the sink of its completions.
 type session struct {
 	backend.Session
-	ep *endpoint
+	waiter backend.PostWaiter // the Session, or nil
+	ep     *endpoint
 }
 
 func (s *session) Complete(c backend.Completion) { s.ep.complete(c) }
@@ -114,6 +119,7 @@ func New(opts Options) *Dispatcher {
 	d := &Dispatcher{
 		opts:      opts,
 		counters:  make([]Counters, len(opts.Backends)),
+		disabled:  make([]bool, len(opts.Backends)),
 		endpoints: make(map[endpointKey]*pending[*endpoint]),
 		opening:   make(map[sessionKey]*pending[*session]),
 	}
@@ -155,21 +161,68 @@ func (d *Dispatcher) Close() {
 
 // Forget drops the endpoints to a peer: its incarnation is gone, or its credentials are. What is in flight fails.
 func (d *Dispatcher) Forget(peer backend.Peer) {
+	d.dropAll(func(key endpointKey) bool { return key.peer == peer })
+}
+
+// dropAll takes the endpoints that match out of use.
+func (d *Dispatcher) dropAll(match func(endpointKey) bool) {
 	d.mu.Lock()
-	var drop []*endpoint
+	defer d.mu.Unlock()
 	for key, p := range d.endpoints {
 		switch {
-		case key.peer != peer:
+		case !match(key):
 		case !p.done():
 			delete(d.endpoints, key) // connect finds that it is not wanted any more
 		case p.err == nil:
-			drop = append(drop, p.value)
+			p.value.markDown()
 		}
 	}
+}
+
+// Enable lets the backend of that number connect to peers again, after Disable.
+func (d *Dispatcher) Enable(b int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.disabled[b] = false
+}
+
+// drainPoll is how often Disable looks whether what it waits for has ended.
+const drainPoll = 5 * time.Millisecond
+
+// Disable keeps the backend of that number from connecting to peers, waits until what is under way on its endpoints has
+// ended, and closes them. When ctx ends, it does not wait any longer, and what is still under way is tried another way,
+// like anything whose connection breaks. Whoever chooses backends must not choose this one from before the call on.
+func (d *Dispatcher) Disable(ctx context.Context, b int) {
+	d.mu.Lock()
+	d.disabled[b] = true
 	d.mu.Unlock()
-	for _, e := range drop {
-		d.drop(e)
+	wait(ctx, func() bool { return d.busy(b) })
+	d.dropAll(func(key endpointKey) bool { return key.backend == b })
+	wait(ctx, func() bool { return d.counters[b].Endpoints.Load() > 0 })
+}
+
+// wait returns when the condition holds no more, or ctx has ended.
+func wait(ctx context.Context, while func() bool) {
+	poll := time.NewTicker(drainPoll)
+	defer poll.Stop()
+	for ctx.Err() == nil && while() {
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+		}
 	}
+}
+
+// busy tells whether anything is under way on an endpoint of the backend, or one is being connected.
+func (d *Dispatcher) busy(b int) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for key, p := range d.endpoints {
+		if key.backend == b && (!p.done() || p.err == nil && !p.value.idle()) {
+			return true
+		}
+	}
+	return false
 }
 
 // ForgetRegion closes the sessions of a local region, before it is deregistered. What is in flight on them is
@@ -285,11 +338,15 @@ func (d *Dispatcher) open(key sessionKey, local *region.Region, remote *region.D
 func (d *Dispatcher) bind(ep *endpoint, key sessionKey, far backend.Remote) (*session, error) {
 	ctx, cancel := context.WithTimeout(d.ctx, d.opts.ConnectTimeout)
 	defer cancel()
+	if key, ok := ep.keys[far.Region]; ok {
+		far.Key = key
+	}
 	s := &session{ep: ep}
 	var err error
 	if s.Session, err = ep.Session(ctx, key.Local, far, s); err != nil {
 		return nil, err
 	}
+	s.waiter, _ = s.Session.(backend.PostWaiter)
 	d.mu.Lock()
 	alive := !ep.isDown()
 	if alive {
@@ -321,9 +378,9 @@ func (d *Dispatcher) endpoint(key endpointKey) (*endpoint, error) {
 		p = nil // its watcher has not removed it yet
 	}
 	if p == nil {
-		if d.closed {
+		if d.closed || d.disabled[key.backend] {
 			d.mu.Unlock()
-			return nil, errClosed
+			return nil, d.unwanted(key)
 		}
 		p = newPending[*endpoint]()
 		d.endpoints[key] = p
@@ -336,6 +393,20 @@ func (d *Dispatcher) endpoint(key endpointKey) (*endpoint, error) {
 	d.mu.Unlock()
 	<-p.ready
 	return p.value, p.err
+}
+
+// unwanted says why no endpoint is to be connected, or the one that has been connected is not wanted any more. It is
+// called with d.mu held.
+func (d *Dispatcher) unwanted(key endpointKey) error {
+	err := &backend.Error{Code: backend.PeerGone, Op: "connect", Backend: d.opts.Backends[key.backend].Name, Peer: key.peer,
+		Text: "the peer was forgotten"}
+	switch {
+	case d.closed:
+		return errClosed
+	case d.disabled[key.backend]:
+		err.Code, err.Text = backend.PathDown, selector.Disabled
+	}
+	return err
 }
 
 // connect sets p, and then stays to watch the endpoint until it fails.
@@ -355,10 +426,10 @@ func (d *Dispatcher) connect(key endpointKey, p *pending[*endpoint]) {
 	}
 	d.mu.Lock()
 	forgotten := d.endpoints[key] != p
+	unwanted := d.unwanted(key)
 	d.mu.Unlock()
 	if forgotten {
-		err := &backend.Error{Code: backend.PeerGone, Op: "connect", Backend: ep.backendName, Peer: key.peer, Text: "the peer was forgotten"}
-		p.set(nil, errors.Join(err, ep.Close()))
+		p.set(nil, errors.Join(unwanted, ep.Close()))
 		return
 	}
 	d.opts.Select.PathWorks(key.backend, key.peer)
@@ -395,7 +466,7 @@ func (d *Dispatcher) establish(key endpointKey) (*endpoint, error) {
 	if err != nil {
 		return nil, fail("offer", err)
 	}
-	answer, err := d.opts.Carry(ctx, key.peer, b.Name, h.Offer())
+	answer, keys, err := d.opts.Carry(ctx, key.peer, b.Name, h.Offer())
 	if err != nil {
 		h.Abandon()
 		return nil, fail("carry offer", err)
@@ -404,7 +475,7 @@ func (d *Dispatcher) establish(key endpointKey) (*endpoint, error) {
 	if err != nil {
 		return nil, fail("establish", err)
 	}
-	return newEndpoint(ep, b.Name, b.Backend.Info().Capabilities.Window, d.opts.MaxQueued), nil
+	return newEndpoint(ep, b.Name, keys, b.Backend.Info().Capabilities.Window, d.opts.MaxQueued), nil
 }
 
 // drop takes an endpoint out of use; its watcher closes it.

@@ -487,14 +487,14 @@ func TestConnectFailure(t *testing.T) {
 			a.onEstablish = func(context.Context, backend.Peer) error { return errors.New("connection refused") }
 		}, "failed 0 x: path down"},
 		{"carry", func(_ *fake, o *dispatch.Options) {
-			o.Carry = func(_ context.Context, _ backend.Peer, name string, offer []byte) ([]byte, error) {
+			o.Carry = func(_ context.Context, _ backend.Peer, name string, offer []byte) ([]byte, map[backend.RegionID][]byte, error) {
 				if string(offer) != name {
 					t.Errorf("the offer of %s is %q", name, offer)
 				}
 				if name == "a" {
-					return nil, backend.ErrUnsupported
+					return nil, nil, backend.ErrUnsupported
 				}
-				return nil, nil
+				return nil, nil, nil
 			}
 		}, "failed 0 x: unsupported"},
 	} {

@@ -13,6 +13,7 @@ import (
 type endpoint struct {
 	backend.Endpoint
 	backendName string
+	keys        map[backend.RegionID][]byte // of the peer's regions, since it answered
 	maxQueued   int
 	dropped     chan struct{} // closed when the dispatcher takes the endpoint out of use
 	down        atomic.Bool
@@ -38,8 +39,8 @@ type record struct {
 	generation uint32
 }
 
-func newEndpoint(ep backend.Endpoint, name string, window, maxQueued int) *endpoint {
-	return &endpoint{Endpoint: ep, backendName: name, window: max(window, 1), maxQueued: maxQueued,
+func newEndpoint(ep backend.Endpoint, name string, keys map[backend.RegionID][]byte, window, maxQueued int) *endpoint {
+	return &endpoint{Endpoint: ep, backendName: name, keys: keys, window: max(window, 1), maxQueued: maxQueued,
 		dropped: make(chan struct{})}
 }
 
@@ -56,8 +57,9 @@ func (e *endpoint) errDown() error {
 	return &backend.Error{Code: backend.PathDown, Op: "post", Backend: e.backendName, Text: "the endpoint has failed"}
 }
 
-// submit posts the group, or queues it.
-func (e *endpoint) submit(g *group) {
+// submit posts the group, or queues it. A caller that waits for the group, and for nothing else, may be kept for
+// backend.MaxPostWait.
+func (e *endpoint) submit(g *group, waits bool) {
 	e.mu.Lock()
 	switch {
 	case e.finished:
@@ -81,7 +83,7 @@ func (e *endpoint) submit(g *group) {
 	}
 	cookie, completions := e.take(g), e.completions
 	e.mu.Unlock()
-	if retryAfter, busy := e.post(g, cookie); busy {
+	if retryAfter, busy := e.post(g, cookie, waits); busy {
 		e.mu.Lock()
 		refusal := e.putBack(g, cookie, retryAfter)
 		missed := completions != e.completions
@@ -96,11 +98,19 @@ func (e *endpoint) submit(g *group) {
 }
 
 // post hands a group that has a credit to the backend. When it reports busy, the group is still the caller's.
-func (e *endpoint) post(g *group, cookie uint64) (retryAfter time.Duration, busy bool) {
+func (e *endpoint) post(g *group, cookie uint64, waits bool) (retryAfter time.Duration, busy bool) {
 	// The group may be complete, and its job at its next batch, before Post has returned: nothing of it is read
 	// after that but the flag, whose new meaning does no harm to a cookie that is gone.
 	s, cancelled := g.session, &g.job.cancelled
-	err := s.Post(backend.Transfer{Op: g.job.Plan.Op, Segments: g.segments, Cookie: cookie})
+	t := backend.Transfer{Op: g.job.Plan.Op, Segments: g.segments, Cookie: cookie}
+	var err error
+	if waits && s.waiter != nil {
+		j, waiting := g.job, time.Now()
+		err = s.waiter.PostWait(t)
+		j.Moving += time.Since(waiting) // the caller is the one that runs the job
+	} else {
+		err = s.Post(t)
+	}
 	switch {
 	case err == nil:
 		if cancelled.Load() {
@@ -145,7 +155,7 @@ func (e *endpoint) pump() {
 		}
 		cookie, completions := e.take(g), e.completions
 		e.mu.Unlock()
-		retryAfter, busy := e.post(g, cookie)
+		retryAfter, busy := e.post(g, cookie, false)
 		e.mu.Lock()
 		if !busy {
 			continue
@@ -220,6 +230,13 @@ func refuseAll(list *group, err error) {
 		g.refused(err)
 		g = next
 	}
+}
+
+// idle tells whether nothing is in flight, and nothing waits.
+func (e *endpoint) idle() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.first == nil && e.outstanding() == 0
 }
 
 // The methods below are called with e.mu held.

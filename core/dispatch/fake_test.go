@@ -27,6 +27,8 @@ type fake struct {
 	onEstablish func(ctx context.Context, peer backend.Peer) error
 	onSession   func(e *fakeEndpoint) error
 	onPost      func(p *posted) error
+	// onPostWait makes sessions PostWaiters, whose PostWait it is.
+	onPostWait func(s *fakeSession, t backend.Transfer) error
 	// onCancel is told of each Cancel of a transfer in flight.
 	onCancel func(p *posted)
 
@@ -95,7 +97,11 @@ func (e *fakeEndpoint) Session(_ context.Context, local backend.RegionID, remote
 			return nil, err
 		}
 	}
-	return &fakeSession{e: e, sink: sink}, nil
+	s := &fakeSession{e: e, remote: remote, sink: sink}
+	if e.f.onPostWait != nil {
+		return waitingSession{s}, nil
+	}
+	return s, nil
 }
 
 func (e *fakeEndpoint) Done() <-chan struct{} { return e.done }
@@ -132,8 +138,9 @@ func (e *fakeEndpoint) end(match func(*posted) bool, code backend.Code) {
 }
 
 type fakeSession struct {
-	e    *fakeEndpoint
-	sink backend.Sink
+	e      *fakeEndpoint
+	remote backend.Remote
+	sink   backend.Sink
 }
 
 // posted is a transfer that a fake has accepted, or is about to.
@@ -169,6 +176,10 @@ func (s *fakeSession) Post(t backend.Transfer) error {
 	e.f.accepted <- p
 	return nil
 }
+
+type waitingSession struct{ *fakeSession }
+
+func (s waitingSession) PostWait(t backend.Transfer) error { return s.e.f.onPostWait(s.fakeSession, t) }
 
 func (s *fakeSession) Cancel(cookie uint64) {
 	s.e.mu.Lock()
@@ -294,7 +305,9 @@ func newRig(t *testing.T, opts dispatch.Options, fakes ...*fake) *rig {
 	}
 	opts.Select = r.policy
 	if opts.Carry == nil {
-		opts.Carry = func(context.Context, backend.Peer, string, []byte) ([]byte, error) { return nil, nil }
+		opts.Carry = func(context.Context, backend.Peer, string, []byte) ([]byte, map[backend.RegionID][]byte, error) {
+			return nil, nil, nil
+		}
 	}
 	r.Dispatcher = dispatch.New(opts)
 	t.Cleanup(r.Close)

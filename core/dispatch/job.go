@@ -92,10 +92,12 @@ type trouble struct {
 }
 
 // Run carries out the job's plan and returns when every group has ended and is quiet. What became of them is in
-// Results and Outcomes; the error is nil, or ErrNotQuiet. When ctx ends, what is under way is cancelled.
+// Results and Outcomes; the error is nil, or ErrNotQuiet. When ctx ends, what is under way is cancelled; where that is
+// a single group, Run may notice up to backend.MaxPostWait late.
 func (d *Dispatcher) Run(ctx context.Context, j *Job) error {
 	start := time.Now()
 	j.prepare()
+	waits := len(j.groups) == 1 && j.canWait(ctx, start)
 	var cold []*group
 	for i := range j.groups {
 		g := &j.groups[i]
@@ -103,7 +105,7 @@ func (d *Dispatcher) Run(ctx context.Context, j *Job) error {
 		case noWayNow:
 			j.parked = append(j.parked, g)
 		case someWay:
-			if !d.launch(g) {
+			if !d.launch(g, waits) {
 				cold = append(cold, g)
 			}
 		}
@@ -117,6 +119,15 @@ func (d *Dispatcher) Run(ctx context.Context, j *Job) error {
 		d.count(j)
 	}
 	return err
+}
+
+// canWait tells whether nothing that would end the job can be due within backend.MaxPostWait.
+func (j *Job) canWait(ctx context.Context, now time.Time) bool {
+	soon := now.Add(backend.MaxPostWait)
+	if d, ok := ctx.Deadline(); ok && d.Before(soon) || !j.Deadline.IsZero() && j.Deadline.Before(soon) {
+		return false
+	}
+	return ctx.Err() == nil
 }
 
 func (j *Job) prepare() {
@@ -189,7 +200,7 @@ func (d *Dispatcher) retryParked(ctx context.Context, j *Job) {
 			continue
 		}
 		g.trouble = nil
-		if !d.launch(g) {
+		if !d.launch(g, false) {
 			cold = append(cold, g)
 		}
 	}
@@ -220,14 +231,14 @@ func noWay(c *selector.Choice, remote *region.Descriptor) error {
 	return err
 }
 
-// launch submits a group if its session is there.
-func (d *Dispatcher) launch(g *group) bool {
+// launch submits a group if its session is there. For the meaning of waits see endpoint.submit.
+func (d *Dispatcher) launch(g *group, waits bool) bool {
 	s := d.cached(d.key(g))
 	if s == nil {
 		return false
 	}
 	g.session = s
-	s.ep.submit(g)
+	s.ep.submit(g, waits)
 	return true
 }
 
@@ -261,7 +272,7 @@ func (d *Dispatcher) openSessions(ctx context.Context, j *Job, cold []*group) {
 					g.refused(err)
 				} else {
 					g.session = s
-					s.ep.submit(g)
+					s.ep.submit(g, false)
 				}
 				g = next
 			}
@@ -271,6 +282,9 @@ func (d *Dispatcher) openSessions(ctx context.Context, j *Job, cold []*group) {
 
 // wait returns when all groups have ended, and sees to those that fail.
 func (d *Dispatcher) wait(ctx context.Context, j *Job) error {
+	if j.pending.Load() == 0 {
+		return nil
+	}
 	done := ctx.Done()
 	var notQuiet, outageOver, deadline <-chan time.Time
 	if !j.Deadline.IsZero() {
@@ -365,7 +379,7 @@ func (d *Dispatcher) settle(ctx context.Context, j *Job) {
 			d.giveUp(g)
 		case !d.nextWay(g):
 			d.giveUp(g)
-		case !d.launch(g):
+		case !d.launch(g, false):
 			cold = append(cold, g)
 		}
 		g = next

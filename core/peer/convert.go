@@ -126,6 +126,23 @@ func answerFromProto(p *peerpb.AnswerRequest) *AnswerRequest {
 	return &AnswerRequest{From: wire.FromPeer(p.GetFrom()), To: p.GetTo(), Backend: p.GetBackend(), Offer: p.GetOffer()}
 }
 
+func answeredToProto(r *AnswerReply) *peerpb.AnswerReply {
+	return &peerpb.AnswerReply{Answer: r.Answer, Keys: regionKeys[uint64](r.Keys)}
+}
+
+func answeredFromProto(p *peerpb.AnswerReply) *AnswerReply {
+	return &AnswerReply{Answer: p.GetAnswer(), Keys: regionKeys[backend.RegionID](p.GetKeys())}
+}
+
+// regionKeys is the same map under another type, which Go does not share maps across.
+func regionKeys[To, From ~uint64](keys map[From][]byte) map[To][]byte {
+	out := make(map[To][]byte, len(keys))
+	for id, key := range keys {
+		out[To(id)] = key
+	}
+	return out
+}
+
 func allocateToProto(r *AllocateRequest) *peerpb.AllocateRequest {
 	return &peerpb.AllocateRequest{Client: wire.ToPeer(r.Client), To: r.To, Keys: wire.ToKeys(r.Keys), Sizes: r.Sizes}
 }

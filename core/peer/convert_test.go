@@ -123,6 +123,7 @@ func TestConversionsKeepEveryField(t *testing.T) {
 	}
 	check("Description")(dropped(descriptionToProto, descriptionFromProto))
 	check("AnswerRequest")(dropped(answerToProto, sure(answerFromProto)))
+	check("AnswerReply")(dropped(answeredToProto, sure(answeredFromProto)))
 	check("AllocateRequest")(dropped(allocateToProto, allocateFromProto))
 	check("AllocateReply")(dropped(allocatedToProto, func(p *peerpb.AllocateReply) (*AllocateReply, error) {
 		r := filled[AllocateReply]() // must be overwritten

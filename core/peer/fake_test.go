@@ -32,11 +32,13 @@ func (f *fakeFabric) Describe() []region.Descriptor {
 	}}
 }
 
-func (f *fakeFabric) Answer(_ context.Context, from backend.Peer, name string, offer []byte) ([]byte, error) {
+func (f *fakeFabric) Answer(_ context.Context, from backend.Peer, name string, offer []byte) (*AnswerReply, error) {
 	if name != "tcp" {
 		return nil, backend.Errorf(backend.Unsupported, "no backend %q", name)
 	}
-	return append([]byte(from.Node+" "), offer...), nil
+	return &AnswerReply{
+		Answer: append([]byte(from.Node+" "), offer...), Keys: map[backend.RegionID][]byte{1: []byte("elsewhere"), 9: nil},
+	}, nil
 }
 
 func (f *fakeFabric) Fence(_ context.Context, client backend.Peer) error {

@@ -34,8 +34,11 @@ func (s *server) Describe(ctx context.Context, _ *peerpb.DescribeRequest) (*peer
 }
 
 func (s *server) Answer(ctx context.Context, req *peerpb.AnswerRequest) (*peerpb.AnswerReply, error) {
-	answer, err := s.svc.Answer(ctx, answerFromProto(req))
-	return &peerpb.AnswerReply{Answer: answer}, grpcerr.ToStatus(err)
+	reply, err := s.svc.Answer(ctx, answerFromProto(req))
+	if err != nil {
+		return nil, grpcerr.ToStatus(err)
+	}
+	return answeredToProto(reply), nil
 }
 
 func (s *server) Allocate(ctx context.Context, req *peerpb.AllocateRequest) (*peerpb.AllocateReply, error) {
@@ -123,9 +126,12 @@ func (c *Client) Describe(ctx context.Context) (*Description, error) {
 }
 
 // Answer implements Service.
-func (c *Client) Answer(ctx context.Context, req *AnswerRequest) ([]byte, error) {
+func (c *Client) Answer(ctx context.Context, req *AnswerRequest) (*AnswerReply, error) {
 	p, err := c.pb.Answer(ctx, answerToProto(req), large)
-	return p.GetAnswer(), grpcerr.FromStatus(err)
+	if err != nil {
+		return nil, grpcerr.FromStatus(err)
+	}
+	return answeredFromProto(p), nil
 }
 
 // Allocate implements Service.

@@ -21,7 +21,7 @@ type Fabric interface {
 	// Describe returns the regions of the pool, in an order that does not change. The caller does not change them.
 	Describe() []region.Descriptor
 	// Answer accepts a connection of a backend, as target. See backend.Backend.
-	Answer(ctx context.Context, from backend.Peer, backendName string, offer []byte) ([]byte, error)
+	Answer(ctx context.Context, from backend.Peer, backendName string, offer []byte) (*AnswerReply, error)
 	// Fence returns nil when nothing that the client posted before can touch this process's memory any more,
 	// through any backend. See backend.Backend.
 	Fence(ctx context.Context, client backend.Peer) error
@@ -107,7 +107,7 @@ func (n *Node) Describe(context.Context) (*Description, error) {
 }
 
 // Answer implements Service.
-func (n *Node) Answer(ctx context.Context, req *AnswerRequest) ([]byte, error) {
+func (n *Node) Answer(ctx context.Context, req *AnswerRequest) (*AnswerReply, error) {
 	if err := n.meant("answer", req.To); err != nil {
 		return nil, err
 	}

@@ -214,8 +214,12 @@ func TestPutGetRemove(t *testing.T) {
 func TestAnswer(t *testing.T) {
 	both(t, 1, func(t *testing.T, w *world) {
 		req := &AnswerRequest{From: alice, To: self.Incarnation, Backend: "tcp", Offer: []byte("offer")}
-		if got, err := w.svc.Answer(t.Context(), req); err != nil || string(got) != "alice offer" {
-			t.Errorf("answer %q, %v", got, err)
+		got, err := w.svc.Answer(t.Context(), req)
+		if err != nil || string(got.Answer) != "alice offer" {
+			t.Fatalf("answer %+v, %v", got, err)
+		}
+		if key, ok := got.Keys[9]; len(got.Keys) != 2 || string(got.Keys[1]) != "elsewhere" || !ok || len(key) != 0 {
+			t.Errorf("the answer brings the keys %v", got.Keys)
 		}
 		req.Backend = "rdma"
 		if _, err := w.svc.Answer(t.Context(), req); backend.CodeOf(err) != backend.Unsupported {

@@ -19,7 +19,7 @@ type Service interface {
 	// Describe tells who the node is and how to reach the regions of its pool.
 	Describe(ctx context.Context) (*Description, error)
 	// Answer is the target's half of connecting a backend; see backend.Backend.
-	Answer(ctx context.Context, req *AnswerRequest) (answer []byte, err error)
+	Answer(ctx context.Context, req *AnswerRequest) (*AnswerReply, error)
 
 	// Allocate reserves a slot for each key. A slot that is neither committed nor aborted within its time to live
 	// is taken back.
@@ -79,6 +79,15 @@ type AnswerRequest struct {
 	To      uint64 // incarnation of the node that the caller means
 	Backend string
 	Offer   []byte
+}
+
+// AnswerReply is what the initiator needs to finish the connection, and to use it.
+type AnswerReply struct {
+	Answer []byte
+	// Keys holds the backend's present keys of the node's regions, as far as peers may reach them. They hold for the
+	// connection that is being made: the keys in a descriptor are those of when it was made, and a backend that has been
+	// started anew since then has others.
+	Keys map[backend.RegionID][]byte
 }
 
 // AllocateRequest asks for a slot of Sizes[i] bytes for each Keys[i].

@@ -6,7 +6,8 @@
 // anywhere else, and nothing falls back to a slower path unless a rule allows it.
 //
 // Choices depend on the pair of regions, the operation, the size class and the health of the paths. They are
-// cached by these, and the cache is dropped when the policy or the health changes.
+// cached by these, and the cache is dropped when the policy or the health changes, or the operator disables a
+// backend.
 package selector
 
 import (
@@ -111,8 +112,9 @@ type Selector struct {
 	// cache is immutable; a change replaces it.
 	cache atomic.Pointer[snapshot]
 
-	mu     sync.Mutex // guards the replacing of cache, and health
-	health map[path]*outage
+	mu       sync.Mutex // guards the replacing of cache, and what follows
+	health   map[path]*outage
+	disabled []bool // by number of the backend
 }
 
 type snapshot struct {
@@ -134,7 +136,7 @@ type outage struct {
 
 // New returns a selector for the backends of the process self. The policy must have passed Validate.
 func New(self backend.Peer, backends []Backend, rules []Rule) *Selector {
-	s := &Selector{self: self, backends: backends, health: make(map[path]*outage)}
+	s := &Selector{self: self, backends: backends, health: make(map[path]*outage), disabled: make([]bool, len(backends))}
 	s.SetPolicy(rules)
 	return s
 }
@@ -169,6 +171,15 @@ func (s *Selector) SetPolicy(rules []Rule) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.cache.Store(&snapshot{rules: rules, classes: sizeClasses(rules), choices: &pathmap.Map[*Choice]{}})
+}
+
+// SetEnabled says whether the backend of that number may be chosen. All are, to begin with. Groups that have been
+// chosen for go the way that they were given.
+func (s *Selector) SetEnabled(b int, enabled bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.disabled[b] = !enabled
+	s.dropCache()
 }
 
 // SelectBackend implements the interface SelectBackend.
@@ -332,11 +343,17 @@ func (s *Selector) choose(rules []Rule, q Query) *Choice {
 	return c
 }
 
-// obstacle says why a backend can never carry the group, or nothing.
+// Disabled is the reason for a backend that SetEnabled has ruled out.
+const Disabled = "disabled by the operator"
+
+// obstacle says why a backend cannot carry the group, however well its paths are, or nothing.
 func (s *Selector) obstacle(b int, q Query) string {
 	be := &s.backends[b]
-	if be.Unavailable != nil {
+	switch {
+	case be.Unavailable != nil:
 		return "unavailable: " + be.Unavailable.Error()
+	case s.disabled[b]:
+		return Disabled
 	}
 	caps := &be.Info.Capabilities
 	_, here := q.Local.Keys[be.Name]

@@ -507,3 +507,30 @@ func TestConcurrentUse(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestSetEnabled: a backend that is disabled is passed over at once, also where a choice was cached, and with its
+// reason; the others, and the outages, stay as they are.
+func TestSetEnabled(t *testing.T) {
+	s := selector.New(self, backends, []selector.Rule{{Prefer: []string{"shm", "rdma"}, Allow: []string{"tcp"}}})
+	s.PathFailed(0, far, errors.New("no route"), start)
+	check := func(to backend.Peer, order []int, want ...string) {
+		t.Helper()
+		for _, c := range []*selector.Choice{s.SelectBackend(ask(to)), s.Explain(ask(to))} {
+			if diff := cmp.Diff(order, c.Order); diff != "" {
+				t.Errorf("the order differs (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(want, table(c)[:3]); diff != "" {
+				t.Errorf("the reasons differ (-want +got):\n%s", diff)
+			}
+		}
+	}
+	check(beside, []int{1, 0}, "shm usable: "+chosen, "rdma: unavailable: no device", "tcp usable: "+spare)
+	s.SetEnabled(1, false)
+	s.SetEnabled(4, false)
+	check(beside, []int{0}, "shm: disabled by the operator", "rdma: unavailable: no device", "tcp usable: "+chosen)
+	s.SetPolicy([]selector.Rule{require("shm", "tcp", "mem")})
+	check(self, []int{0, 2}, "shm: disabled by the operator", "tcp usable: "+chosen, "mem usable: "+spare)
+	check(far, nil, "shm: disabled by the operator", "tcp down: down: no route", "mem: reaches its own process only")
+	s.SetEnabled(1, true)
+	check(beside, []int{1, 0}, "shm usable: "+chosen, "tcp usable: "+spare, "mem: reaches its own process only")
+}

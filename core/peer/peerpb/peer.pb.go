@@ -399,8 +399,11 @@ func (x *AnswerRequest) GetOffer() []byte {
 }
 
 type AnswerReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Answer        []byte                 `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Answer []byte                 `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	// The present keys of the node's regions for this backend, by region. They hold for the connection that is being
+	// made, whatever a descriptor from before says.
+	Keys          map[uint64][]byte `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty" protobuf_key:"varint,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -438,6 +441,13 @@ func (*AnswerReply) Descriptor() ([]byte, []int) {
 func (x *AnswerReply) GetAnswer() []byte {
 	if x != nil {
 		return x.Answer
+	}
+	return nil
+}
+
+func (x *AnswerReply) GetKeys() map[uint64][]byte {
+	if x != nil {
+		return x.Keys
 	}
 	return nil
 }
@@ -1393,9 +1403,13 @@ const file_core_peer_peerpb_peer_proto_rawDesc = "" +
 	"\x04from\x18\x01 \x01(\v2\x12.umbp.wire.v1.PeerR\x04from\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x18\n" +
 	"\abackend\x18\x03 \x01(\tR\abackend\x12\x14\n" +
-	"\x05offer\x18\x04 \x01(\fR\x05offer\"%\n" +
+	"\x05offer\x18\x04 \x01(\fR\x05offer\"\x97\x01\n" +
 	"\vAnswerReply\x12\x16\n" +
-	"\x06answer\x18\x01 \x01(\fR\x06answer\"\x8b\x01\n" +
+	"\x06answer\x18\x01 \x01(\fR\x06answer\x127\n" +
+	"\x04keys\x18\x02 \x03(\v2#.umbp.peer.v1.AnswerReply.KeysEntryR\x04keys\x1a7\n" +
+	"\tKeysEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\x04R\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\x8b\x01\n" +
 	"\x0fAllocateRequest\x12*\n" +
 	"\x06client\x18\x01 \x01(\v2\x12.umbp.wire.v1.PeerR\x06client\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x04R\x02to\x12&\n" +
@@ -1500,7 +1514,7 @@ func file_core_peer_peerpb_peer_proto_rawDescGZIP() []byte {
 }
 
 var file_core_peer_peerpb_peer_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_core_peer_peerpb_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_core_peer_peerpb_peer_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_core_peer_peerpb_peer_proto_goTypes = []any{
 	(Status)(0),             // 0: umbp.peer.v1.Status
 	(*Runs)(nil),            // 1: umbp.peer.v1.Runs
@@ -1524,53 +1538,55 @@ var file_core_peer_peerpb_peer_proto_goTypes = []any{
 	(*StatsRequest)(nil),    // 19: umbp.peer.v1.StatsRequest
 	(*StatsReply)(nil),      // 20: umbp.peer.v1.StatsReply
 	nil,                     // 21: umbp.peer.v1.Region.KeysEntry
-	(*wirepb.Peer)(nil),     // 22: umbp.wire.v1.Peer
-	(*wirepb.Keys)(nil),     // 23: umbp.wire.v1.Keys
+	nil,                     // 22: umbp.peer.v1.AnswerReply.KeysEntry
+	(*wirepb.Peer)(nil),     // 23: umbp.wire.v1.Peer
+	(*wirepb.Keys)(nil),     // 24: umbp.wire.v1.Keys
 }
 var file_core_peer_peerpb_peer_proto_depIdxs = []int32{
-	22, // 0: umbp.peer.v1.Region.peer:type_name -> umbp.wire.v1.Peer
+	23, // 0: umbp.peer.v1.Region.peer:type_name -> umbp.wire.v1.Peer
 	21, // 1: umbp.peer.v1.Region.keys:type_name -> umbp.peer.v1.Region.KeysEntry
-	22, // 2: umbp.peer.v1.DescribeReply.peer:type_name -> umbp.wire.v1.Peer
+	23, // 2: umbp.peer.v1.DescribeReply.peer:type_name -> umbp.wire.v1.Peer
 	3,  // 3: umbp.peer.v1.DescribeReply.regions:type_name -> umbp.peer.v1.Region
-	22, // 4: umbp.peer.v1.AnswerRequest.from:type_name -> umbp.wire.v1.Peer
-	22, // 5: umbp.peer.v1.AllocateRequest.client:type_name -> umbp.wire.v1.Peer
-	23, // 6: umbp.peer.v1.AllocateRequest.keys:type_name -> umbp.wire.v1.Keys
-	0,  // 7: umbp.peer.v1.AllocateReply.statuses:type_name -> umbp.peer.v1.Status
-	1,  // 8: umbp.peer.v1.AllocateReply.runs:type_name -> umbp.peer.v1.Runs
-	22, // 9: umbp.peer.v1.CommitRequest.client:type_name -> umbp.wire.v1.Peer
-	0,  // 10: umbp.peer.v1.CommitReply.statuses:type_name -> umbp.peer.v1.Status
-	22, // 11: umbp.peer.v1.AbortRequest.client:type_name -> umbp.wire.v1.Peer
-	22, // 12: umbp.peer.v1.ResolveRequest.client:type_name -> umbp.wire.v1.Peer
-	23, // 13: umbp.peer.v1.ResolveRequest.keys:type_name -> umbp.wire.v1.Keys
-	0,  // 14: umbp.peer.v1.ResolveReply.statuses:type_name -> umbp.peer.v1.Status
-	1,  // 15: umbp.peer.v1.ResolveReply.runs:type_name -> umbp.peer.v1.Runs
-	22, // 16: umbp.peer.v1.ReleaseRequest.client:type_name -> umbp.wire.v1.Peer
-	23, // 17: umbp.peer.v1.RemoveRequest.keys:type_name -> umbp.wire.v1.Keys
-	0,  // 18: umbp.peer.v1.RemoveReply.statuses:type_name -> umbp.peer.v1.Status
-	22, // 19: umbp.peer.v1.StatsReply.peer:type_name -> umbp.wire.v1.Peer
-	2,  // 20: umbp.peer.v1.PeerService.Describe:input_type -> umbp.peer.v1.DescribeRequest
-	5,  // 21: umbp.peer.v1.PeerService.Answer:input_type -> umbp.peer.v1.AnswerRequest
-	7,  // 22: umbp.peer.v1.PeerService.Allocate:input_type -> umbp.peer.v1.AllocateRequest
-	9,  // 23: umbp.peer.v1.PeerService.Commit:input_type -> umbp.peer.v1.CommitRequest
-	11, // 24: umbp.peer.v1.PeerService.Abort:input_type -> umbp.peer.v1.AbortRequest
-	13, // 25: umbp.peer.v1.PeerService.Resolve:input_type -> umbp.peer.v1.ResolveRequest
-	15, // 26: umbp.peer.v1.PeerService.Release:input_type -> umbp.peer.v1.ReleaseRequest
-	17, // 27: umbp.peer.v1.PeerService.Remove:input_type -> umbp.peer.v1.RemoveRequest
-	19, // 28: umbp.peer.v1.PeerService.Stats:input_type -> umbp.peer.v1.StatsRequest
-	4,  // 29: umbp.peer.v1.PeerService.Describe:output_type -> umbp.peer.v1.DescribeReply
-	6,  // 30: umbp.peer.v1.PeerService.Answer:output_type -> umbp.peer.v1.AnswerReply
-	8,  // 31: umbp.peer.v1.PeerService.Allocate:output_type -> umbp.peer.v1.AllocateReply
-	10, // 32: umbp.peer.v1.PeerService.Commit:output_type -> umbp.peer.v1.CommitReply
-	12, // 33: umbp.peer.v1.PeerService.Abort:output_type -> umbp.peer.v1.AbortReply
-	14, // 34: umbp.peer.v1.PeerService.Resolve:output_type -> umbp.peer.v1.ResolveReply
-	16, // 35: umbp.peer.v1.PeerService.Release:output_type -> umbp.peer.v1.ReleaseReply
-	18, // 36: umbp.peer.v1.PeerService.Remove:output_type -> umbp.peer.v1.RemoveReply
-	20, // 37: umbp.peer.v1.PeerService.Stats:output_type -> umbp.peer.v1.StatsReply
-	29, // [29:38] is the sub-list for method output_type
-	20, // [20:29] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	23, // 4: umbp.peer.v1.AnswerRequest.from:type_name -> umbp.wire.v1.Peer
+	22, // 5: umbp.peer.v1.AnswerReply.keys:type_name -> umbp.peer.v1.AnswerReply.KeysEntry
+	23, // 6: umbp.peer.v1.AllocateRequest.client:type_name -> umbp.wire.v1.Peer
+	24, // 7: umbp.peer.v1.AllocateRequest.keys:type_name -> umbp.wire.v1.Keys
+	0,  // 8: umbp.peer.v1.AllocateReply.statuses:type_name -> umbp.peer.v1.Status
+	1,  // 9: umbp.peer.v1.AllocateReply.runs:type_name -> umbp.peer.v1.Runs
+	23, // 10: umbp.peer.v1.CommitRequest.client:type_name -> umbp.wire.v1.Peer
+	0,  // 11: umbp.peer.v1.CommitReply.statuses:type_name -> umbp.peer.v1.Status
+	23, // 12: umbp.peer.v1.AbortRequest.client:type_name -> umbp.wire.v1.Peer
+	23, // 13: umbp.peer.v1.ResolveRequest.client:type_name -> umbp.wire.v1.Peer
+	24, // 14: umbp.peer.v1.ResolveRequest.keys:type_name -> umbp.wire.v1.Keys
+	0,  // 15: umbp.peer.v1.ResolveReply.statuses:type_name -> umbp.peer.v1.Status
+	1,  // 16: umbp.peer.v1.ResolveReply.runs:type_name -> umbp.peer.v1.Runs
+	23, // 17: umbp.peer.v1.ReleaseRequest.client:type_name -> umbp.wire.v1.Peer
+	24, // 18: umbp.peer.v1.RemoveRequest.keys:type_name -> umbp.wire.v1.Keys
+	0,  // 19: umbp.peer.v1.RemoveReply.statuses:type_name -> umbp.peer.v1.Status
+	23, // 20: umbp.peer.v1.StatsReply.peer:type_name -> umbp.wire.v1.Peer
+	2,  // 21: umbp.peer.v1.PeerService.Describe:input_type -> umbp.peer.v1.DescribeRequest
+	5,  // 22: umbp.peer.v1.PeerService.Answer:input_type -> umbp.peer.v1.AnswerRequest
+	7,  // 23: umbp.peer.v1.PeerService.Allocate:input_type -> umbp.peer.v1.AllocateRequest
+	9,  // 24: umbp.peer.v1.PeerService.Commit:input_type -> umbp.peer.v1.CommitRequest
+	11, // 25: umbp.peer.v1.PeerService.Abort:input_type -> umbp.peer.v1.AbortRequest
+	13, // 26: umbp.peer.v1.PeerService.Resolve:input_type -> umbp.peer.v1.ResolveRequest
+	15, // 27: umbp.peer.v1.PeerService.Release:input_type -> umbp.peer.v1.ReleaseRequest
+	17, // 28: umbp.peer.v1.PeerService.Remove:input_type -> umbp.peer.v1.RemoveRequest
+	19, // 29: umbp.peer.v1.PeerService.Stats:input_type -> umbp.peer.v1.StatsRequest
+	4,  // 30: umbp.peer.v1.PeerService.Describe:output_type -> umbp.peer.v1.DescribeReply
+	6,  // 31: umbp.peer.v1.PeerService.Answer:output_type -> umbp.peer.v1.AnswerReply
+	8,  // 32: umbp.peer.v1.PeerService.Allocate:output_type -> umbp.peer.v1.AllocateReply
+	10, // 33: umbp.peer.v1.PeerService.Commit:output_type -> umbp.peer.v1.CommitReply
+	12, // 34: umbp.peer.v1.PeerService.Abort:output_type -> umbp.peer.v1.AbortReply
+	14, // 35: umbp.peer.v1.PeerService.Resolve:output_type -> umbp.peer.v1.ResolveReply
+	16, // 36: umbp.peer.v1.PeerService.Release:output_type -> umbp.peer.v1.ReleaseReply
+	18, // 37: umbp.peer.v1.PeerService.Remove:output_type -> umbp.peer.v1.RemoveReply
+	20, // 38: umbp.peer.v1.PeerService.Stats:output_type -> umbp.peer.v1.StatsReply
+	30, // [30:39] is the sub-list for method output_type
+	21, // [21:30] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_core_peer_peerpb_peer_proto_init() }
@@ -1584,7 +1600,7 @@ func file_core_peer_peerpb_peer_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_peer_peerpb_peer_proto_rawDesc), len(file_core_peer_peerpb_peer_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

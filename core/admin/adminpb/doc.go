@@ -1,0 +1,2 @@
+// Package adminpb is the generated form of admin.proto.
+package adminpb
