@@ -2,7 +2,6 @@ package config
 
 import (
 	"fmt"
-	"maps"
 	"math/bits"
 	"net"
 	"reflect"
@@ -151,7 +150,6 @@ func validName(name string) bool {
 }
 
 func (c *checker) backends() {
-	known := slices.Sorted(maps.Keys(c.schemas))
 	seen := map[string]bool{}
 	for i, b := range c.Backends {
 		at := fmt.Sprintf("backends[%s]", b.Name)
@@ -164,27 +162,12 @@ func (c *checker) backends() {
 		case seen[b.Name]:
 			c.fault(at, "is listed twice")
 			continue
-		case !slices.Contains(known, b.Name):
-			c.fault(at, "unknown backend%s", backend.DidYouMean(b.Name, known))
-		default:
-			c.options(at+".options", b)
 		}
+		c.plugin(at, &b)
 		if _, err := fault.Parse(b.Faults); err != nil && c.sound(at+".faults") {
 			c.fault(at+".faults", "%v", err)
 		}
 		seen[b.Name] = true
-	}
-}
-
-func (c *checker) options(at string, b Backend) {
-	_, err := backend.CheckOptions(c.schemas[b.Name], b.Options)
-	if err == nil {
-		return
-	}
-	// CheckOptions joins one error for each fault, which begins with the name of the option.
-	for _, err := range err.(interface{ Unwrap() []error }).Unwrap() {
-		name, text, _ := strings.Cut(err.Error(), ": ")
-		c.fault(at+"."+name, "%s", text)
 	}
 }
 
@@ -273,6 +256,9 @@ func (c *Config) Warnings() []string {
 		})
 		if b.Enabled && !named {
 			warn("backends[%s]: no rule names it, so it carries nothing", b.Name)
+		}
+		if b.Enabled && c.Mode(&b) == InProcess && (b.Plugin != "" || b.SHA256 != "" || len(b.Env) > 0) {
+			warn("backends[%s]: plugin, sha256 and env say nothing to a backend that runs in-process", b.Name)
 		}
 		if b.Enabled && b.Faults != "" {
 			warn("backends[%s].faults: faults are injected on purpose", b.Name)

@@ -21,6 +21,12 @@
 //
 // A list is replaced as a whole by the file: nothing of the default list remains.
 //
+// # Plugins
+//
+// A backend that is not linked in, and any other for which plugins.mode or its own mode says so, runs as a process,
+// from a plugin: a program of its own. Where only the plugin knows the options of its backend, Load asks it, by
+// Source.Describe, so that a wrong option is refused like any other wrong word, before anything starts.
+//
 // # Reloading
 //
 // A Config never changes. Manager holds the current one and replaces it; keys tagged reload:"live" take effect
@@ -46,12 +52,13 @@ type Config struct {
 	Pool      Pool      `koanf:"pool" help:"The memory that this node lends."`
 	Client    Client    `koanf:"client" help:"How this process puts and gets values."`
 	Selection Selection `koanf:"selection" help:"Which backend carries what."`
+	Plugins   Plugins   `koanf:"plugins" help:"Backends as processes of their own."`
 	Backends  []Backend `koanf:"backends" default:"- name: shm\n- name: tcp" max:"32" help:"The ways to move bytes that this process opens."`
 	TLS       TLS       `koanf:"tls" help:"Mutual TLS 1.3 between processes: all three files, or none."`
 	Log       Log       `koanf:"log" help:"What is logged, to standard error."`
 
-	origins map[string]string           // of each leaf of the table, by path
-	schemas map[string][]backend.Option // by name of backend
+	origins map[string]string // of each leaf of the table, by path
+	known   known
 }
 
 // Node names the process and says where it listens.
@@ -121,10 +128,27 @@ type Match struct {
 	MaxSize  backend.Size `koanf:"max_size" min:"1B" help:"Greatest size of the transfer."`
 }
 
+// The modes of Plugins and Backend.
+const (
+	InProcess = "in-process" // linked into this process
+	AsProcess = "process"    // in a process of its own
+)
+
+// Plugins says how backends run.
+type Plugins struct {
+	Mode string `koanf:"mode" default:"in-process" choices:"in-process,process" help:"Whether backends run within this process or each in a process of its own, for those that do not say; what is not linked in always runs in its own."`
+	Dir  string `koanf:"dir" default:"" help:"Folder of the plugins, which are programs named umbp-plugin-NAME; empty for the folder of umbp itself."`
+}
+
 // Backend is one backend that the process opens.
 type Backend struct {
 	Name    string `koanf:"name" help:"Which backend."`
 	Enabled bool   `koanf:"enabled" default:"true" help:"Whether it is opened."`
+	Mode    string `koanf:"mode" choices:"in-process,process" help:"How it runs; without it, as plugins.mode says."`
+	// Plugin is the path of the program; empty for umbp-plugin-NAME in Plugins.Dir.
+	Plugin string   `koanf:"plugin" default:"" help:"Path of its plugin, where a name without a slash is looked for in PATH; empty for umbp-plugin-NAME in plugins.dir."`
+	SHA256 string   `koanf:"sha256" default:"" help:"Checksum of its plugin, 64 hex digits, without which the plugin is not started; empty for none."`
+	Env    []string `koanf:"env" max:"32" help:"Names of the variables of the environment that are passed on to its plugin."`
 	// Options holds the texts as they were written; backend.CheckOptions has accepted them.
 	Options map[string]string `koanf:"options" max:"100" help:"Its options, which umbp backends NAME lists."`
 	Faults  string            `koanf:"faults" default:"" help:"Faults to inject, for tests, such as complete:drop; empty for none."`

@@ -24,8 +24,12 @@ type Source struct {
 	// Flags maps paths of keys to the texts that the command line gives them: those of the flags that were given,
 	// and no others, for a flag's default must not override the file. ChangedFlags returns them.
 	Flags map[string]string
-	// Schemas holds the options of every backend that the process can open, by name.
+	// Schemas holds the options of every backend that is linked into the process, by name.
 	Schemas map[string][]backend.Option
+	// Describe asks the plugin of a backend for its options, where Schemas does not have them or the configuration
+	// names the plugin. It is called once for each such backend that is enabled, and takes its own time limit. Without
+	// it, a backend that is not linked in is unknown.
+	Describe func(Plugins, Backend) ([]backend.Option, error)
 }
 
 // Load builds a configuration. The error is of type Faults and names everything that is wrong.
@@ -56,10 +60,11 @@ func build(s Source, data []byte, readErr error) (*Config, error) {
 	overlay(envLayer(s.Env, &faults))
 	overlay(flagLayer(s.Flags, &faults))
 
-	c := &Config{origins: origins, schemas: s.Schemas}
+	c := &Config{origins: origins, known: known{linked: s.Schemas}}
 	if err := merged.Unmarshal("", c); err != nil {
 		faults.add("", "", "%v", err)
 	}
+	c.askPlugins(s.Describe)
 	c.check(&faults)
 	if err := faults.err(); err != nil {
 		return nil, err
@@ -248,14 +253,15 @@ func (c *Config) backendEntries(k *key, b *Backend, e Entry) []Entry {
 	var all []Entry
 	at, listed := fmt.Sprintf("%s[%s].", k.path, b.Name), e.Origin
 	for _, child := range k.children {
-		if !child.scalar() || child.name == "name" {
+		if child.typ == optionsType || child.name == "name" {
 			continue
 		}
 		e.Path, e.Value = at+child.name, textOf(reflect.ValueOf(*b).FieldByIndex(child.index))
 		e.Default, e.Help = child.def, child.help
 		all = append(all, e)
 	}
-	for _, o := range c.schemas[b.Name] {
+	schema, _ := c.Schema(b.Name)
+	for _, o := range schema {
 		e.Path, e.Value, e.Origin, e.Default, e.Help = at+"options."+o.Name, o.Default, defaultOrigin, o.Default, o.Help
 		if text, given := b.Options[o.Name]; given {
 			e.Value, e.Origin = text, listed

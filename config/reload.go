@@ -167,6 +167,7 @@ func compare(old, fresh *Config) Change {
 func keepRestart(old, fresh *Config) *Config {
 	next := *fresh
 	next.origins = maps.Clone(fresh.origins)
+	next.known = old.known // what goes with the backends, which stay
 	for _, k := range leaves {
 		if !k.live {
 			kept := reflect.ValueOf(old).Elem().FieldByIndex(k.index)

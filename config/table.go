@@ -210,6 +210,9 @@ func textOf(v reflect.Value) string {
 	case float64:
 		return strconv.FormatFloat(x, 'g', -1, 64)
 	case []string:
+		if len(x) == 0 {
+			return ""
+		}
 		return "[" + strings.Join(x, ", ") + "]"
 	default: // bool, int, Size and Duration
 		return fmt.Sprint(x)

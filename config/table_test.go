@@ -22,7 +22,7 @@ func allKeys(keys []*key, f func(*key)) {
 func TestTableIsComplete(t *testing.T) {
 	allKeys(root, func(k *key) {
 		switch {
-		case k.name == "" || strings.Trim(k.name, "abcdefghijklmnopqrstuvwxyz_") != "" || strings.Contains(k.name, "__"):
+		case k.name == "" || strings.Trim(k.name, "abcdefghijklmnopqrstuvwxyz0123456789_") != "" || strings.Contains(k.name, "__"):
 			t.Errorf("%q: a key is lower-case words joined by one _", k.path)
 		case k.help == "" || !strings.HasSuffix(k.help, "."):
 			t.Errorf("%s: its help is no sentence: %q", k.path, k.help)
