@@ -3,6 +3,7 @@
 GO      ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 20s
+PLUGINS = ./plugins/shm/umbp-plugin-shm ./plugins/tcp/umbp-plugin-tcp ./plugin-sdk/null/umbp-plugin-null
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 .DEFAULT_GOAL := help
@@ -11,15 +12,16 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## build bin/umbp, without cgo
+build: ## build bin/umbp, and the plugins beside it, without cgo
 	@mkdir -p bin
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/umbp ./cmd/umbp
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/umbp $(PLUGINS)
 
 demo: build ## start a directory and two nodes, move a real file through them, compare it, and show the figures
 	@scripts/demo
 
 test: ## run all tests under the race detector, and each benchmark once
 	@scripts/need gcc
+	-@scripts/need protoc python3-grpcio # without them the tests of the plugin in Python are skipped
 	@mkdir -p .cache
 	$(GO) vet ./...
 	$(GO) test -race -timeout 15m ./...
@@ -39,8 +41,9 @@ bench: build ## run the benchmarks, each beside the limit it is held against
 fuzz: ## fuzz every target for FUZZTIME (20s each)
 	@scripts/fuzz $(FUZZTIME)
 
-generate: ## generate the code of the protocols
+generate: ## generate the code of the protocols, and the page of the backends' options
 	@scripts/generate
+	$(GO) run ./cmd/umbp backends schema shm tcp --markdown > docs/options.md
 
 clean: ## remove what was built
 	rm -rf bin .cache

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/null"
@@ -34,6 +35,7 @@ type benchRow struct {
 	Op           string `json:"op"`
 	Plan         string `json:"plan"`
 	Backend      string `json:"backend"`
+	Mode         string `json:"mode"` // in-process, or process: how both ends run the backend
 	Batch        int    `json:"batch"`
 	PerItemPages int    `json:"per_item_pages"`
 	PageBytes    uint64 `json:"page_bytes"`
@@ -68,7 +70,9 @@ type benchRow struct {
 
 // benchFlags are the flags of batch-put and batch-get. Of the lists, every combination is run.
 type benchFlags struct {
-	scenarios, plans, backends    []string
+	scenarios, plans              []string
+	backends, modes               []string
+	plugins                       config.Plugins
 	batches, itemPages, pageBytes []int
 	iters, peers                  int
 	verify                        string
@@ -108,10 +112,15 @@ Plans take turns, call by call, on the same cluster:
 Backends: null moves no bytes, and shows what a batch costs the caller; shm; tcp, over loopback; auto, as the
 default policy chooses. The memory of the own process is reached over shm under shm, tcp and auto.
 
+Modes take turns, too, each on a cluster of its own:
+  in-process  the backends are linked in
+  process     every end runs its backends as processes, from the plugins beside umbp or in --plugins.dir
+
 After each run the bytes of the last calls are compared. Flags that say "list" take several values, separated by
 commas; every combination is run.`, op),
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.plugins = benchPlugins(cmd)
 			cases, err := f.cases(op)
 			if err != nil {
 				return err
@@ -123,6 +132,8 @@ commas; every combination is run.`, op),
 	flags.StringSliceVar(&f.scenarios, "scenario", []string{allZeroCopy}, "`list` of all_zc, mixed, all_stg, multi_peer")
 	flags.StringSliceVar(&f.plans, "plan", []string{perPage, grouped}, "`list` of per-page, grouped")
 	flags.StringSliceVar(&f.backends, "backend", []string{null.Name}, "`list` of null, shm, tcp, auto")
+	flags.StringSliceVar(&f.modes, "mode", []string{config.InProcess}, "`list` of in-process, process")
+	config.AddFlags(flags, "plugins.dir")
 	flags.IntSliceVar(&f.batches, "batch", []int{256}, "`list` of values in one call")
 	flags.IntSliceVar(&f.itemPages, "per-item-pages", []int{64, 128}, "`list` of pages in one value")
 	flags.IntSliceVar(&f.pageBytes, "page-bytes", []int{4096}, "`list` of bytes in one page")
@@ -187,6 +198,7 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 	f.words("scenario", b.scenarios, allZeroCopy, mixed, allStaged, multiPeer)
 	f.words("plan", b.plans, perPage, grouped)
 	f.words("backend", b.backends, null.Name, shm.Factory.Name, tcp.Factory.Name, "auto")
+	f.words("mode", b.modes, config.InProcess, config.AsProcess)
 	f.words("verify", []string{b.verify}, "off", "sample", "all")
 	f.numbers("batch", maxBenchBatch, b.batches...)
 	f.numbers("per-item-pages", maxBenchPages, b.itemPages...)
@@ -206,7 +218,8 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 				for _, pages := range b.itemPages {
 					for _, size := range b.pageBytes {
 						c := benchCase{
-							op: op, scenario: scenario, backend: name, batch: batch, itemPages: pages, pageBytes: uint64(size), peers: b.peers,
+							op: op, scenario: scenario, backend: name, batch: batch, itemPages: pages, pageBytes: uint64(size),
+							peers: b.peers, plugins: b.plugins,
 						}
 						if c.batchBytes() > maxBenchBytes {
 							f.addf("%s: a batch of more than %s", &c, humanSize(maxBenchBytes))
@@ -224,7 +237,7 @@ func (a *app) benchBatches(cmd *cobra.Command, cases []benchCase, f *benchFlags)
 	rows := []benchRow{}
 	progress := newPace(cmd.ErrOrStderr())
 	for _, c := range cases {
-		got, err := runBench(cmd.Context(), c, f.plans, f.verify, f.iters, progress)
+		got, err := runBench(cmd.Context(), c, f, progress)
 		if err != nil {
 			return err
 		}
@@ -239,43 +252,59 @@ func (a *app) benchBatches(cmd *cobra.Command, cases []benchCase, f *benchFlags)
 	return nil
 }
 
-// runBench runs one case and returns a row for each plan.
-func runBench(ctx context.Context, c benchCase, plans []string, verify string, iters int, progress *pace) (_ []benchRow, err error) {
-	b, err := openBench(ctx, c, plans)
-	if err != nil {
-		return nil, err
+// benchPlugins says where the plugins are. A benchmark reads no configuration but this.
+func benchPlugins(cmd *cobra.Command) config.Plugins {
+	return config.Plugins{Dir: config.ChangedFlags(cmd.Flags())["plugins.dir"]}
+}
+
+// runBench runs one case and returns a row for each mode and plan.
+func runBench(ctx context.Context, c benchCase, f *benchFlags, progress *pace) (_ []benchRow, err error) {
+	var turns, checked []turn
+	for _, mode := range f.modes {
+		b, openErr := openBench(ctx, c.in(mode), f.plans)
+		if openErr != nil {
+			return nil, openErr
+		}
+		defer func() { err = errors.Join(err, b.Close()) }()
+		for _, plan := range f.plans {
+			turns = append(turns, turn{b, plan, f.verify})
+		}
+		checked = append(checked, turn{b, grouped, "sample"}, turn{b, grouped, "all"})
 	}
-	defer func() { err = errors.Join(err, b.Close()) }()
 	report := func(what string) func(round int) {
-		return func(round int) { progress.say("%s%s: round %d of %d", &c, what, round, iters) }
+		return func(round int) { progress.say("%s%s: round %d of %d", &c, what, round, f.iters) }
 	}
-	var turns []turn
-	for _, plan := range plans {
-		turns = append(turns, turn{plan, verify})
-	}
-	samples, verified, err := b.measure(ctx, turns, iters, report(""))
+	samples, err := measure(ctx, turns, f.iters, report(""))
 	if err != nil {
 		return nil, err
 	}
 	var rows []benchRow
 	for i, t := range turns {
-		rows = append(rows, newBenchRow(&c, t, samples[i], verified))
+		rows = append(rows, newBenchRow(t, samples[i]))
 	}
 	// What checksums cost does not depend on the plan.
-	i := slices.Index(plans, grouped)
-	if i < 0 || verify != "off" || c.simulated() && c.op == benchGet {
+	i := slices.Index(f.plans, grouped)
+	if i < 0 || f.verify != "off" || c.simulated() && c.op == benchGet {
 		return rows, nil
 	}
-	samples, _, err = b.measure(ctx, []turn{{grouped, "sample"}, {grouped, "all"}}, iters, report(", with checksums"))
+	samples, err = measure(ctx, checked, f.iters, report(", with checksums"))
 	if err != nil {
 		return nil, err
 	}
-	rows[i].WallMsVerifySample = median(samples[0], func(s *sample) float64 { return millis(s.wall) })
-	rows[i].WallMsVerifyAll = median(samples[1], func(s *sample) float64 { return millis(s.wall) })
+	for m := range f.modes {
+		row := &rows[m*len(f.plans)+i]
+		row.WallMsVerifySample = median(samples[2*m], func(s *sample) float64 { return millis(s.wall) })
+		row.WallMsVerifyAll = median(samples[2*m+1], func(s *sample) float64 { return millis(s.wall) })
+	}
 	return rows, nil
 }
 
-func newBenchRow(c *benchCase, t turn, samples []sample, verified uint64) benchRow {
+func newBenchRow(t turn, samples []sample) benchRow {
+	c := &t.on.benchCase
+	verified := c.batchBytes()
+	if c.simulated() {
+		verified = 0
+	}
 	of := func(part func(s *sample) time.Duration) float64 {
 		return median(samples, func(s *sample) float64 { return millis(part(s)) })
 	}
@@ -286,7 +315,7 @@ func newBenchRow(c *benchCase, t turn, samples []sample, verified uint64) benchR
 	byWall := func(x, y sample) int { return cmp.Compare(x.wall, y.wall) }
 	shortest, longest := slices.MinFunc(samples, byWall), slices.MaxFunc(samples, byWall)
 	return benchRow{
-		Scenario: c.scenario, Op: c.op, Plan: t.plan, Backend: c.backend,
+		Scenario: c.scenario, Op: c.op, Plan: t.plan, Backend: c.backend, Mode: c.mode,
 		Batch: c.batch, PerItemPages: c.itemPages, PageBytes: c.pageBytes, Iters: len(samples),
 		WallMs: of(wall), WallMsMin: millis(shortest.wall), WallMsMax: millis(longest.wall),
 		ControlMs:  of(func(s *sample) time.Duration { return s.control }),
@@ -323,43 +352,65 @@ func printBench(w io.Writer, c *benchCase, rows []benchRow) {
 	}
 	fmt.Fprintf(w, "%s = %s a call%s; %d calls, verify %s, times in ms\n",
 		c, humanSize(c.batchBytes()), note, rows[0].Iters, rows[0].Verify)
-	fmt.Fprintf(w, "  %-9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %8s %11s %11s %9s  %s\n", "PLAN", "WALL", "MIN", "MAX",
+	fmt.Fprintf(w, "  %-10s %-9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %8s %11s %11s %9s  %s\n", "MODE", "PLAN", "WALL", "MIN", "MAX",
 		"CONTROL", "PLAN", "DISPATCH", "MOVE", "GiB/s", "TRANSFERS", "SEGMENTS", "COMPLETIONS", "ALLOCS/PAGE", "VERIFIED", "CARRIED BY")
+	var modes, plans []string
 	for _, r := range rows {
 		var carried []string
 		for _, name := range slices.Sorted(maps.Keys(r.Carried)) {
 			carried = append(carried, fmt.Sprintf("%s %d", name, r.Carried[name]))
 		}
-		fmt.Fprintf(w, "  %-9s %9.3f %9.3f %9.3f %9.3f %9.4f %9.4f %9.3f %8.2f %9d %8d %11d %11.4f %9s  %s\n",
-			r.Plan, r.WallMs, r.WallMsMin, r.WallMsMax, r.ControlMs, r.PlanMs, r.DispatchMs, r.MoveMs, r.GiBs,
+		fmt.Fprintf(w, "  %-10s %-9s %9.3f %9.3f %9.3f %9.3f %9.4f %9.4f %9.3f %8.2f %9d %8d %11d %11.4f %9s  %s\n",
+			r.Mode, r.Plan, r.WallMs, r.WallMsMin, r.WallMsMax, r.ControlMs, r.PlanMs, r.DispatchMs, r.MoveMs, r.GiBs,
 			r.Transfers, r.Segments, r.Completions, r.AllocsPerPage, humanSize(r.Verified), strings.Join(carried, ", "))
-	}
-	for _, r := range rows {
-		if r.StagingMs > 0 {
-			fmt.Fprintf(w, "  %s: copying through the staging memory takes %.3f of it\n", r.Plan, r.StagingMs)
+		if !slices.Contains(modes, r.Mode) {
+			modes = append(modes, r.Mode)
+		}
+		if !slices.Contains(plans, r.Plan) {
+			plans = append(plans, r.Plan)
 		}
 	}
-	before, after := findPlan(rows, perPage), findPlan(rows, grouped)
-	if before != nil {
-		fmt.Fprintf(w, "  per-page: %.0f ns a page; %.0f ns of them plan and dispatch\n",
-			before.WallMs*1e6/float64(c.pages()), (before.PlanMs+before.DispatchMs)*1e6/float64(c.pages()))
+	for _, mode := range modes {
+		printPlans(w, c, mode, rows)
 	}
-	if before != nil && after != nil {
-		fmt.Fprintf(w, "  grouped saves %.1f %% of the wall, and %.2f %% of plan and dispatch\n",
-			saving(after.WallMs, before.WallMs), saving(after.PlanMs+after.DispatchMs, before.PlanMs+before.DispatchMs))
-	}
-	if after != nil {
-		fmt.Fprintf(w, "  grouped: control takes %.0f ns a key\n", after.ControlMs*1e6/float64(c.batch))
-		if after.WallMsVerifyAll > 0 {
-			fmt.Fprintf(w, "  grouped, with checksums: %.3f with verify sample, %.3f with all\n", after.WallMsVerifySample, after.WallMsVerifyAll)
+	for _, plan := range plans {
+		linked, process := findRow(rows, config.InProcess, plan), findRow(rows, config.AsProcess, plan)
+		if linked != nil && process != nil {
+			fmt.Fprintf(w, "  %s: the wall is %.3f times as long as a process as in-process, %+.3f ms\n",
+				plan, process.WallMs/linked.WallMs, process.WallMs-linked.WallMs)
 		}
 	}
 	fmt.Fprintln(w)
 }
 
-func findPlan(rows []benchRow, plan string) *benchRow {
+// printPlans compares the plans in one mode.
+func printPlans(w io.Writer, c *benchCase, mode string, rows []benchRow) {
+	say := func(format string, args ...any) { fmt.Fprintf(w, "  "+mode+", "+format+"\n", args...) }
+	before, after := findRow(rows, mode, perPage), findRow(rows, mode, grouped)
+	for _, r := range []*benchRow{before, after} {
+		if r != nil && r.StagingMs > 0 {
+			say("%s: copying through the staging memory takes %.3f of it", r.Plan, r.StagingMs)
+		}
+	}
+	if before != nil {
+		say("per-page: %.0f ns a page; %.0f ns of them plan and dispatch",
+			before.WallMs*1e6/float64(c.pages()), (before.PlanMs+before.DispatchMs)*1e6/float64(c.pages()))
+	}
+	if before != nil && after != nil {
+		say("grouped saves %.1f %% of the wall, and %.2f %% of plan and dispatch",
+			saving(after.WallMs, before.WallMs), saving(after.PlanMs+after.DispatchMs, before.PlanMs+before.DispatchMs))
+	}
+	if after != nil {
+		say("grouped: control takes %.0f ns a key", after.ControlMs*1e6/float64(c.batch))
+		if after.WallMsVerifyAll > 0 {
+			say("grouped, with checksums: %.3f with verify sample, %.3f with all", after.WallMsVerifySample, after.WallMsVerifyAll)
+		}
+	}
+}
+
+func findRow(rows []benchRow, mode, plan string) *benchRow {
 	for i := range rows {
-		if rows[i].Plan == plan {
+		if rows[i].Mode == mode && rows[i].Plan == plan {
 			return &rows[i]
 		}
 	}

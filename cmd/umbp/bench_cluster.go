@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/host"
@@ -25,6 +26,8 @@ import (
 // benchCase is one combination of the flags of a benchmark.
 type benchCase struct {
 	op, scenario, backend string
+	mode                  string // how the backends run: config.InProcess or config.AsProcess
+	plugins               config.Plugins
 	batch, itemPages      int
 	pageBytes             uint64
 	peers                 int
@@ -59,6 +62,13 @@ func (c *benchCase) String() string {
 	return fmt.Sprintf("batch-%s %s over %s, %d x %d pages of %s", c.op, c.scenario, c.backend, c.batch, c.itemPages, humanSize(c.pageBytes))
 }
 
+// in returns the case with its backends in another mode.
+func (c *benchCase) in(mode string) benchCase {
+	other := *c
+	other.mode = mode
+	return other
+}
+
 // headroom is how many batches fit into the pool of a target.
 const headroom = 4
 
@@ -88,7 +98,7 @@ func openBench(ctx context.Context, c benchCase, plans []string) (_ *benchCluste
 	b.closers = append(b.closers, b.directory.Close)
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("%s: %w", &c, errors.Join(err, b.Close()))
+			err = fmt.Errorf("%s, %s: %w", &c, c.mode, errors.Join(err, b.Close()))
 		}
 	}()
 	for i := range c.targets() {
@@ -131,22 +141,37 @@ func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*co
 	if b.tcpConnections > 0 {
 		tcpOptions["connections"] = fmt.Sprint(b.tcpConnections)
 	}
-	specs := []host.Spec{{Factory: shm.Factory}, {Factory: tcp.Factory, Options: tcpOptions}}
+	factories := []backend.Factory{shm.Factory, tcp.Factory}
+	options := map[string]map[string]string{tcp.Factory.Name: tcpOptions}
 	rules := []selector.Rule{{Require: []string{b.backend}}}
 	within := true
 	switch b.backend {
 	case null.Name:
-		specs = []host.Spec{{Factory: null.Factory}}
+		factories = []backend.Factory{null.Factory}
 	case "auto":
 		rules = []selector.Rule{{Prefer: []string{shm.Factory.Name}, Allow: []string{tcp.Factory.Name}}}
 	default:
 		rules = append([]selector.Rule{{Match: selector.Match{SameNode: &within}, Require: []string{shm.Factory.Name}}}, rules...)
 	}
-	engine, err := core.NewEngine(ctx, core.EngineOptions{Node: name, Backends: specs, Rules: rules})
-	if err == nil {
-		b.closers = append(b.closers, engine.Close)
+	var specs []host.Spec
+	for _, f := range factories {
+		spec, err := backendSpec(f, b.mode, b.plugins, config.Backend{Name: f.Name, Options: options[f.Name]})
+		if err != nil {
+			return nil, err
+		}
+		specs = append(specs, spec)
 	}
-	return engine, err
+	engine, err := core.NewEngine(ctx, core.EngineOptions{Node: name, Backends: specs, Rules: rules})
+	if err != nil {
+		return nil, err
+	}
+	b.closers = append(b.closers, engine.Close)
+	for _, opened := range engine.Backends() {
+		if opened.Err != nil { // what is measured must not go another way
+			return nil, opened.Err
+		}
+	}
+	return engine, nil
 }
 
 func (b *benchCluster) startNode(ctx context.Context, engine *core.Engine) error {
@@ -255,6 +280,7 @@ func (b *benchCluster) remove(ctx context.Context, client *core.PoolClient) erro
 
 // turn is one of those that alternate within a run.
 type turn struct {
+	on     *benchCluster
 	plan   string
 	verify string
 }
@@ -271,30 +297,27 @@ type sample struct {
 // allocations, which stops the world and leaves the caches cold.
 const warmups = 2
 
-// measure gives every turn its number of calls, one after the other and round after round, and returns what they
-// took, and how many bytes of the last call of each turn were compared.
-func (b *benchCluster) measure(ctx context.Context, turns []turn, iters int, progress func(round int)) (samples [][]sample, verified uint64, err error) {
+// measure gives every turn its number of calls, one after the other and round after round, and returns what they took.
+func measure(ctx context.Context, turns []turn, iters int, progress func(round int)) (samples [][]sample, err error) {
 	samples = make([][]sample, len(turns))
-	if b.op == benchGet {
-		b.name(b.mirror)
-		fillPattern(b.mirror, uint64(b.serial))
-		putter := b.clients[turns[0].plan]
-		putter.Tune(core.Tuning{Verify: core.VerifyAll}) // so that there are checksums to verify
-		if err := b.allAre(core.Stored, putter.BatchPut(ctx, b.items)); err != nil {
-			return nil, 0, err
+	ends := make(map[*benchCluster]func() error)
+	for _, t := range turns {
+		if ends[t.on] == nil {
+			if ends[t.on], err = t.on.begin(ctx, t.plan); err != nil {
+				return nil, err
+			}
 		}
-		b.lay(b.data)
 	}
 	allocs := make([]uint64, len(turns))
 	for round := 1 - warmups; round <= iters; round++ {
 		progress(max(round, 0))
 		for i, t := range turns {
 			if err := ctx.Err(); err != nil {
-				return nil, 0, err
+				return nil, err
 			}
-			s, err := b.call(ctx, t, round == 0, round == iters)
+			s, err := t.on.call(ctx, t, round == 0, round == iters)
 			if err != nil {
-				return nil, 0, err
+				return nil, err
 			}
 			if round == 0 {
 				allocs[i] = s.allocs
@@ -304,15 +327,28 @@ func (b *benchCluster) measure(ctx context.Context, turns []turn, iters int, pro
 			}
 		}
 	}
-	if b.op == benchGet {
-		if err := b.remove(ctx, b.clients[turns[0].plan]); err != nil {
-			return nil, 0, err
+	for _, end := range ends {
+		if err := end(); err != nil {
+			return nil, err
 		}
 	}
-	if !b.simulated() {
-		verified = b.batchBytes()
+	return samples, nil
+}
+
+// begin puts what is to be got; end removes it.
+func (b *benchCluster) begin(ctx context.Context, plan string) (end func() error, err error) {
+	if b.op != benchGet {
+		return func() error { return nil }, nil
 	}
-	return samples, verified, nil
+	b.name(b.mirror)
+	fillPattern(b.mirror, uint64(b.serial))
+	putter := b.clients[plan]
+	putter.Tune(core.Tuning{Verify: core.VerifyAll}) // so that there are checksums to verify
+	if err := b.allAre(core.Stored, putter.BatchPut(ctx, b.items)); err != nil {
+		return nil, err
+	}
+	b.lay(b.data)
+	return func() error { return b.remove(ctx, putter) }, nil
 }
 
 // call makes one call and measures it. The last one of a turn is given bytes that were never used before, and they

@@ -22,8 +22,10 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/region"
+	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugins/shm"
 	"github.com/umbp/umbp/plugins/tcp"
 )
@@ -36,11 +38,13 @@ type limitRow struct {
 	Unit    string  `json:"unit"`
 	UMBP    float64 `json:"umbp"`  // median of the rounds
 	Limit   float64 `json:"limit"` // likewise, of what it is held against
-	Ratio   float64 `json:"ratio"` // of the two, median of the ratios of neighbouring measurements
-	Goal    string  `json:"goal"`  // for the ratio
-	Reached bool    `json:"reached"`
-	Rounds  int     `json:"rounds"`
-	Skipped string  `json:"skipped,omitempty"` // why it was not measured
+	// Of neighbouring measurements, the medians: what one is divided by the other, and how much more it is.
+	Ratio      float64 `json:"ratio"`
+	Difference float64 `json:"difference"`
+	Goal       string  `json:"goal"` // for the ratio; with a plus, for the difference
+	Reached    bool    `json:"reached"`
+	Rounds     int     `json:"rounds"`
+	Skipped    string  `json:"skipped,omitempty"` // why it was not measured
 }
 
 // limit is something that a part of umbp is held against.
@@ -48,6 +52,7 @@ type limit struct {
 	name, what, against string
 	latency             bool    // µs, less is better; otherwise GB/s
 	goal                float64 // for the ratio: at least, or of a latency at most
+	extra               float64 // goal for the difference of latencies, at most so many µs, instead of one for the ratio
 	turns               int     // measurements in one round: many where they are short, so that noise hits both sides
 	needs               []string
 	open                func(ctx context.Context) (*contest, error)
@@ -70,7 +75,7 @@ func (c *contest) Close() error {
 func (a *app) benchLimitsCommand() *cobra.Command {
 	var only []string
 	var rounds int
-	limits := knownLimits()
+	limits := knownLimits(config.Plugins{})
 	var names, list []string
 	for _, l := range limits {
 		names = append(names, l.name)
@@ -80,8 +85,8 @@ func (a *app) benchLimitsCommand() *cobra.Command {
 		Use:   "limits",
 		Short: "Hold backends against memcpy, iperf3, a bare socket and Redis",
 		Long: `limits measures what the backends reach beside what this host can do without them. Both sides take
-turns, and the figures are medians. iperf3 and Redis are used where they are installed. The control plane of umbp
-is direct calls here.
+turns, and the figures are medians. iperf3 and Redis are used where they are installed, and plugins where they
+are beside umbp or in --plugins.dir. The control plane of umbp is direct calls here.
 
 ` + strings.Join(list, "\n"),
 		Args: noArgs,
@@ -95,24 +100,30 @@ is direct calls here.
 			if err := f.err(); err != nil {
 				return err
 			}
-			return a.benchLimits(cmd, limits, only, rounds)
+			return a.benchLimits(cmd, knownLimits(benchPlugins(cmd)), only, rounds)
 		},
 	}
 	cmd.Flags().StringSliceVar(&only, "only", nil, "`list` of the limits to measure; all, unless it is given")
+	config.AddFlags(cmd.Flags(), "plugins.dir")
 	cmd.Flags().IntVar(&rounds, "rounds", 5, "measurements of each side; of short ones, ten or twenty times as many")
 	return a.listing(cmd)
 }
 
 // knownLimits returns all limits, in the order in which they are printed.
-func knownLimits() []limit {
+func knownLimits(plugins config.Plugins) []limit {
 	const (
 		size       = 64 << 20
 		big, small = 256 << 10, 4 << 10
 	)
 	over := func(backendName string, itemPages int) benchCase {
-		return benchCase{op: benchPut, scenario: allZeroCopy, backend: backendName, batch: 256, itemPages: itemPages, pageBytes: 4096, tcpConnections: 1}
+		return benchCase{
+			op: benchPut, scenario: allZeroCopy, backend: backendName, mode: config.InProcess, plugins: plugins,
+			batch: 256, itemPages: itemPages, pageBytes: 4096, tcpConnections: 1,
+		}
 	}
 	overSHM, overTCP, pages := over(shm.Factory.Name, 64), over(tcp.Factory.Name, 64), over(tcp.Factory.Name, 1)
+	single := pages
+	single.batch = 1
 	limits := []limit{{
 		name: "shm_group", what: "put of 64 MiB over shm", against: "memcpy by as many goroutines", goal: 0.9, turns: 20,
 		open: func(ctx context.Context) (*contest, error) { return openContest(ctx, overSHM, 1, openMemcpy(size)) },
@@ -130,6 +141,16 @@ func knownLimits() []limit {
 	}, {
 		name: "tcp_latency", what: "get of 4 KiB over tcp", against: "a bare ping-pong of that size", latency: true, goal: 1.5, turns: 10,
 		open: openLatency,
+	}, {
+		name: "process_group", what: "put of 64 MiB over tcp as a process", against: "the same in-process", goal: 0.95, turns: 10,
+		open: func(ctx context.Context) (*contest, error) {
+			return openContest(ctx, overTCP.in(config.AsProcess), 1, openSame(overTCP, putRate))
+		},
+	}, {
+		name: "process_put", what: "put of 4 KiB over tcp as a process", against: "the same in-process", latency: true, extra: 30, turns: 10,
+		open: func(ctx context.Context) (*contest, error) {
+			return openAgainst(ctx, single.in(config.AsProcess), putMicros, openSame(single, putMicros))
+		},
 	}}
 	for _, r := range []struct {
 		backend string
@@ -187,6 +208,9 @@ func (l *limit) run(ctx context.Context, rounds int, progress *pace) (row limitR
 	if l.latency {
 		row.Unit, row.Goal = "µs", fmt.Sprintf("<= %g", l.goal)
 	}
+	if l.extra > 0 {
+		row.Goal = fmt.Sprintf("<= +%g", l.extra)
+	}
 	for _, program := range l.needs {
 		if _, err := exec.LookPath(program); err != nil {
 			row.Skipped = program + " is not installed"
@@ -194,7 +218,11 @@ func (l *limit) run(ctx context.Context, rounds int, progress *pace) (row limitR
 		}
 	}
 	c, err := l.open(ctx)
-	if err != nil {
+	switch {
+	case errors.Is(err, backend.ErrUnsupported): // such as a plugin that is not there
+		row.Skipped, _, _ = strings.Cut(err.Error(), "\n")
+		return row, nil
+	case err != nil:
 		return row, err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
@@ -216,16 +244,21 @@ func (l *limit) run(ctx context.Context, rounds int, progress *pace) (row limitR
 	row.UMBP = median(pairs, func(p *pair) float64 { return p.umbp })
 	row.Limit = median(pairs, func(p *pair) float64 { return p.limit })
 	row.Ratio = median(pairs, func(p *pair) float64 { return p.umbp / p.limit })
-	row.Reached = row.Ratio >= l.goal
-	if l.latency {
+	row.Difference = median(pairs, func(p *pair) float64 { return p.umbp - p.limit })
+	switch {
+	case l.extra > 0:
+		row.Reached = row.Difference <= l.extra
+	case l.latency:
 		row.Reached = row.Ratio <= l.goal
+	default:
+		row.Reached = row.Ratio >= l.goal
 	}
 	return row, nil
 }
 
 func printLimit(w io.Writer, r *limitRow, first bool) {
 	if first {
-		fmt.Fprintf(w, "%-19s %-59s %-36s %9s %9s       %7s %8s\n", "LIMIT", "WHAT", "AGAINST", "UMBP", "LIMIT", "RATIO", "GOAL")
+		fmt.Fprintf(w, "%-19s %-59s %-36s %9s %9s       %7s %7s %8s\n", "LIMIT", "WHAT", "AGAINST", "UMBP", "LIMIT", "RATIO", "DIFF", "GOAL")
 	}
 	fmt.Fprintf(w, "%-19s %-59s %-36s ", r.Name, r.What, r.Against)
 	if r.Skipped != "" {
@@ -236,59 +269,95 @@ func printLimit(w io.Writer, r *limitRow, first bool) {
 	if !r.Reached {
 		verdict = "missed"
 	}
-	fmt.Fprintf(w, "%9.2f %9.2f %-5s %7.2f %8s %s\n", r.UMBP, r.Limit, r.Unit, r.Ratio, r.Goal, verdict)
+	fmt.Fprintf(w, "%9.2f %9.2f %-5s %7.2f %+7.2f %8s %s\n", r.UMBP, r.Limit, r.Unit, r.Ratio, r.Difference, r.Goal, verdict)
 }
 
 // opener opens what umbp is held against.
 type opener func(ctx context.Context, c *contest) error
 
-// openContest opens a cluster, where one caller makes so many puts for a measurement, and its opponent. The values
-// of a page are scattered, so that nothing of them can be merged.
-func openContest(ctx context.Context, c benchCase, calls int, opponent opener) (*contest, error) {
+// measurement makes the calls of one measurement on a cluster.
+type measurement func(ctx context.Context, b *benchCluster) (float64, error)
+
+// openAgainst opens a cluster that is measured, and its opponent.
+func openAgainst(ctx context.Context, c benchCase, measure measurement, opponent opener) (*contest, error) {
 	k := &contest{}
 	b, err := openLoaded(ctx, k, c)
 	if err != nil {
 		return nil, errors.Join(err, k.Close())
 	}
-	client := b.clients[grouped]
-	scattered := rand.New(rand.NewPCG(400, 1)).Perm(len(b.items))
-	k.umbp = func(ctx context.Context) (float64, error) {
-		var took time.Duration
-		for range calls {
-			b.name(b.data)
-			if c.itemPages == 1 {
-				for i, at := range scattered {
-					b.items[i].Value = b.data[uint64(at)*c.pageBytes:][:c.pageBytes:c.pageBytes]
-				}
-			}
-			start := time.Now()
-			results := client.BatchPut(ctx, b.items)
-			took += time.Since(start)
-			if err := errors.Join(b.allAre(core.Stored, results), b.remove(ctx, client)); err != nil {
-				return 0, err
-			}
-		}
-		return gigabytes(uint64(calls)*b.batchBytes(), took), nil
-	}
+	k.umbp = func(ctx context.Context) (float64, error) { return measure(ctx, b) }
 	if err := opponent(ctx, k); err != nil {
 		return nil, errors.Join(err, k.Close())
 	}
 	return k, nil
 }
 
+// openContest opens a cluster, where one caller makes so many puts for a measurement, and its opponent.
+func openContest(ctx context.Context, c benchCase, calls int, opponent opener) (*contest, error) {
+	return openAgainst(ctx, c, func(ctx context.Context, b *benchCluster) (float64, error) { return putRates(ctx, b, calls) }, opponent)
+}
+
+// openSame measures another cluster in the same way.
+func openSame(c benchCase, measure measurement) opener {
+	return func(ctx context.Context, k *contest) error {
+		b, err := openLoaded(ctx, k, c)
+		k.limit = func(ctx context.Context) (float64, error) { return measure(ctx, b) }
+		return err
+	}
+}
+
+// putRate makes one put and returns GB/s.
+func putRate(ctx context.Context, b *benchCluster) (float64, error) { return putRates(ctx, b, 1) }
+
+// putRates makes so many puts. The values of a page are scattered, so that nothing of them can be merged.
+func putRates(ctx context.Context, b *benchCluster, calls int) (float64, error) {
+	scattered := rand.New(rand.NewPCG(400, 1)).Perm(len(b.items))
+	var took time.Duration
+	for range calls {
+		b.name(b.data)
+		if b.itemPages == 1 {
+			for i, at := range scattered {
+				b.items[i].Value = b.data[uint64(at)*b.pageBytes:][:b.pageBytes:b.pageBytes]
+			}
+		}
+		d, err := b.put(ctx)
+		if err != nil {
+			return 0, err
+		}
+		took += d
+	}
+	return gigabytes(uint64(calls)*b.batchBytes(), took), nil
+}
+
+// putMicros makes many puts, and returns the median of what they take, in microseconds.
+func putMicros(ctx context.Context, b *benchCluster) (float64, error) {
+	took := make([]time.Duration, singleCalls)
+	for i := range took {
+		b.name(b.data)
+		var err error
+		if took[i], err = b.put(ctx); err != nil {
+			return 0, err
+		}
+	}
+	return micros(took), nil
+}
+
+// singleCalls is how many calls a measurement of a latency makes.
+const singleCalls = 500
+
+// put makes one put of the items, takes its time, and removes them.
+func (b *benchCluster) put(ctx context.Context) (time.Duration, error) {
+	client := b.clients[grouped]
+	start := time.Now()
+	results := client.BatchPut(ctx, b.items)
+	took := time.Since(start)
+	return took, errors.Join(b.allAre(core.Stored, results), b.remove(ctx, client))
+}
+
 // openCrowd opens a cluster, where several callers at once make so many calls each for a measurement, and its
 // opponent.
 func openCrowd(ctx context.Context, c benchCase, callers, calls int, opponent opener) (*contest, error) {
-	k := &contest{}
-	b, err := openLoaded(ctx, k, c)
-	if err != nil {
-		return nil, errors.Join(err, k.Close())
-	}
-	k.umbp = func(ctx context.Context) (float64, error) { return b.rate(ctx, callers, calls) }
-	if err := opponent(ctx, k); err != nil {
-		return nil, errors.Join(err, k.Close())
-	}
-	return k, nil
+	return openAgainst(ctx, c, func(ctx context.Context, b *benchCluster) (float64, error) { return b.rate(ctx, callers, calls) }, opponent)
 }
 
 // openLoaded opens a cluster that holds its items.
@@ -459,7 +528,6 @@ func openBareStream(size uint64) opener {
 // openLatency times single gets of a page, and single round trips with as many bytes.
 func openLatency(ctx context.Context) (*contest, error) {
 	const (
-		times   = 500
 		request = 64 // about what a request of the backend has
 		answer  = 4096
 	)
@@ -471,7 +539,7 @@ func openLatency(ctx context.Context) (*contest, error) {
 		return nil, errors.Join(err, k.Close())
 	}
 	k.umbp = func(ctx context.Context) (float64, error) {
-		return medianMicros(times, func() error {
+		return medianMicros(singleCalls, func() error {
 			r := b.clients[grouped].Get(ctx, b.items[0].Key, b.items[0].Value)
 			return r.Err
 		})
@@ -489,7 +557,7 @@ func openLatency(ctx context.Context) (*contest, error) {
 	}
 	ask, reply := make([]byte, request), make([]byte, answer)
 	k.limit = func(context.Context) (float64, error) {
-		return medianMicros(times, func() error {
+		return medianMicros(singleCalls, func() error {
 			if _, err := conn.Write(ask); err != nil {
 				return err
 			}
@@ -510,7 +578,12 @@ func medianMicros(times int, f func() error) (float64, error) {
 		}
 		took[i] = time.Since(start)
 	}
-	return median(took, func(d *time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }), nil
+	return micros(took), nil
+}
+
+// micros returns the median, in microseconds.
+func micros(took []time.Duration) float64 {
+	return median(took, func(d *time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 })
 }
 
 // startServer starts a program that serves on a free port of the loopback interface until the contest is closed.

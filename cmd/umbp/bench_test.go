@@ -34,6 +34,8 @@ func TestBenchFlags(t *testing.T) {
 		{"batch-put --plan pages", `--plan "pages" is not one of per-page, grouped`},
 		{"batch-put --plan=", "--plan is empty"},
 		{"batch-put --backend rdma", `--backend "rdma" is not one of null, shm, tcp, auto`},
+		{"batch-put --mode in-process,thread", `--mode "thread" is not one of in-process, process`},
+		{"batch-put --mode=", "--mode is empty"},
 		{"batch-put --verify some", `--verify "some" is not one of off, sample, all`},
 		{"batch-put --batch 0", "--batch 0 is not between 1 and 65536"},
 		{"batch-put --per-item-pages 64,-1", "--per-item-pages -1 is not between 1 and 65536"},
@@ -103,7 +105,7 @@ func TestBenchRows(t *testing.T) {
 			}
 			want := benchRow{
 				Scenario: []string{allZeroCopy, mixed, allStaged, multiPeer}[i/8], Op: op, Plan: []string{perPage, grouped}[i%2],
-				Backend: []string{"null", "shm", "tcp", "auto"}[i/2%4], Batch: batch, PerItemPages: pages, PageBytes: pageBytes,
+				Backend: []string{"null", "shm", "tcp", "auto"}[i/2%4], Mode: "in-process", Batch: batch, PerItemPages: pages, PageBytes: pageBytes,
 				Iters: 3, Transfers: groups[r.Plan], Completions: groups[r.Plan], Verified: wantVerified, Verify: "off",
 				Simulated: r.Backend == "null", Carried: carried,
 			}
@@ -142,7 +144,7 @@ func TestBenchVerifies(t *testing.T) {
 	}
 	defer b.Close()
 	b.backend = "shm" // it is not: the cluster runs over null, and is made to compare all the same
-	_, _, err = b.measure(t.Context(), []turn{{grouped, "off"}}, 1, func(int) {})
+	_, err = measure(t.Context(), []turn{{b, grouped, "off"}}, 1, func(int) {})
 	if !errors.Is(err, backend.ErrIntegrity) {
 		t.Errorf("measure: %v, want an integrity error", err)
 	}
@@ -156,7 +158,7 @@ func TestBenchTables(t *testing.T) {
 	for _, want := range []string{
 		"batch-put all_zc over null, 4 x 2 pages of 4 KiB = 32 KiB a call (simulated: null moves no bytes); 2 calls, verify off",
 		"batch-put all_zc over shm, 4 x 2 pages of 4 KiB = 32 KiB a call; 2 calls",
-		"  per-page ", "  grouped ", "ns a page", "grouped saves", "with verify sample", "shm 4\n",
+		"  in-process per-page ", "  in-process grouped ", "ns a page", "grouped saves", "with verify sample", "shm 4\n",
 	} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("the table lacks %q:\n%s", want, stdout)
@@ -170,10 +172,10 @@ func TestBenchFieldNames(t *testing.T) {
 		row  any
 		want string
 	}{
-		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1}, "allocs_per_page backend batch carried completions control_ms dispatch_ms gib_s iters move_ms op " +
+		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1}, "allocs_per_page backend batch carried completions control_ms dispatch_ms gib_s iters mode move_ms op " +
 			"page_bytes per_item_pages plan plan_ms scenario segments simulated staging_ms transfers verified verify verify_ms " +
 			"wall_ms wall_ms_max wall_ms_min wall_ms_verify_all wall_ms_verify_sample"},
-		{limitRow{Skipped: "x"}, "against goal limit name ratio reached rounds skipped umbp unit what"},
+		{limitRow{Skipped: "x"}, "against difference goal limit name ratio reached rounds skipped umbp unit what"},
 	} {
 		encoded, err := json.Marshal(tc.row)
 		if err != nil {

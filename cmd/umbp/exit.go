@@ -50,6 +50,16 @@ func (e *statusError) Error() string {
 
 func (e *statusError) Unwrap() error { return e.result.Err }
 
+// nodeError is what a node says to its operator, or why it says nothing.
+type nodeError struct {
+	address string
+	error
+}
+
+func (e *nodeError) Error() string { return fmt.Sprintf("node at %s: %v", e.address, e.error) }
+
+func (e *nodeError) Unwrap() error { return e.error }
+
 func exitCode(err error) int {
 	var status *statusError
 	var faults config.Faults
@@ -89,7 +99,10 @@ func printError(w io.Writer, err error) {
 func hintFor(err error) string {
 	var status *statusError
 	var faults config.Faults
+	var node *nodeError
 	switch {
+	case errors.As(err, &node) && backend.CodeOf(err) == backend.PathDown:
+		return fmt.Sprintf(`is a node running there, and does it use TLS? "umbp backends --node %s" shows what it says of its backends`, node.address)
 	case errors.As(err, &faults):
 		return `"umbp config default" prints every key with its meaning`
 	case errors.Is(err, syscall.EADDRINUSE):

@@ -72,7 +72,7 @@ command lists it, as a flag; "umbp config default" prints them all.`,
 		a.serveCommand(),
 		a.putCommand(), a.getCommand(), a.rmCommand(), a.lsCommand(), a.statCommand(),
 		a.statusCommand(), a.explainCommand(), a.backendsCommand(),
-		a.configCommand(), a.benchCommand(), a.replayCommand(), a.versionCommand(),
+		a.configCommand(), a.benchCommand(), a.replayCommand(), a.conformanceCommand(), a.pluginCommand(), a.versionCommand(),
 	)
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetHelpCommand(&cobra.Command{
@@ -109,7 +109,8 @@ func (a *app) client(cmd *cobra.Command) *cobra.Command {
 // source is where the configuration of a command comes from.
 func (a *app) source(cmd *cobra.Command) config.Source {
 	return config.Source{
-		File: a.configFile, Env: os.Environ(), Flags: config.ChangedFlags(cmd.Flags()), Schemas: schemas(),
+		File: a.configFile, Env: os.Environ(), Flags: config.ChangedFlags(cmd.Flags()),
+		Schemas: schemas(), Describe: describePlugin,
 	}
 }
 

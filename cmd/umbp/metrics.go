@@ -5,6 +5,9 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/host"
 )
 
 // metrics reads the counters of a running node when it is asked for them: nothing on the way of the data knows of
@@ -41,7 +44,15 @@ var (
 	backendFailures  = prometheus.NewDesc("umbp_backend_failures_total", "Transfers that did not end done.", []string{"backend"}, nil)
 	backendEndpoints = prometheus.NewDesc("umbp_backend_endpoints", "Peers that this process is connected to, as initiator.", []string{"backend"}, nil)
 	backendAvailable = prometheus.NewDesc("umbp_backend_available", "1 when the backend is available.", []string{"backend"}, nil)
+	backendDisabled  = prometheus.NewDesc("umbp_backend_disabled", "1 when the operator has disabled the backend.", []string{"backend"}, nil)
+	backendPhase     = prometheus.NewDesc("umbp_backend_phase", "1 for the phase that the backend's process is in; absent where it has no process.", []string{"backend", "phase"}, nil)
+	backendRestarts  = prometheus.NewDesc("umbp_backend_restarts_total", "Processes that have followed the backend's first one.", []string{"backend"}, nil)
+	backendCalls     = prometheus.NewDesc("umbp_backend_calls_total", "Calls of the backend, other than transfers, that have returned.", []string{"backend", "call"}, nil)
+	backendErrors    = prometheus.NewDesc("umbp_backend_call_errors_total", "Those of these calls that returned an error.", []string{"backend", "call"}, nil)
+	backendSeconds   = prometheus.NewDesc("umbp_backend_call_seconds_total", "How long these calls took together.", []string{"backend", "call"}, nil)
 )
+
+var phases = []host.Phase{host.Starting, host.Running, host.Restarting, host.Down}
 
 func newMetrics(s *server) *metrics {
 	m := &metrics{server: s, pool: map[string]*prometheus.Desc{}}
@@ -56,7 +67,10 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range m.pool {
 		ch <- d
 	}
-	for _, d := range []*prometheus.Desc{directoryNodes, backendTransfers, backendBytes, backendFailures, backendEndpoints, backendAvailable} {
+	for _, d := range []*prometheus.Desc{
+		directoryNodes, backendTransfers, backendBytes, backendFailures, backendEndpoints, backendAvailable, backendDisabled,
+		backendPhase, backendRestarts, backendCalls, backendErrors, backendSeconds,
+	} {
 		ch <- d
 	}
 }
@@ -83,16 +97,37 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 			ch <- prometheus.MustNewConstMetric(m.pool[p.name], p.kind, values[p.name])
 		}
 	}
-	for _, b := range m.server.engine.Backends() {
-		available := 0.0
-		if b.Backend != nil {
-			available = 1
+	collectBackends(m.server.engine, ch)
+}
+
+func collectBackends(engine *core.Engine, ch chan<- prometheus.Metric) {
+	counter := func(d *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, value, labels...)
+	}
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	truth := map[bool]float64{true: 1}
+	for _, s := range engine.BackendStates() {
+		c := engine.Counters(s.Name)
+		gauge(backendAvailable, truth[s.Info != nil], s.Name)
+		gauge(backendDisabled, truth[s.Disabled], s.Name)
+		counter(backendTransfers, float64(c.Transfers.Load()), s.Name)
+		counter(backendBytes, float64(c.Bytes.Load()), s.Name)
+		counter(backendFailures, float64(c.Failures.Load()), s.Name)
+		gauge(backendEndpoints, float64(c.Endpoints.Load()), s.Name)
+		if s.Process != nil {
+			counter(backendRestarts, float64(s.Process.Restarts), s.Name)
+			for _, phase := range phases {
+				gauge(backendPhase, truth[s.Process.Phase == phase], s.Name, string(phase))
+			}
 		}
-		c := m.server.engine.Counters(b.Name)
-		ch <- prometheus.MustNewConstMetric(backendAvailable, prometheus.GaugeValue, available, b.Name)
-		ch <- prometheus.MustNewConstMetric(backendTransfers, prometheus.CounterValue, float64(c.Transfers.Load()), b.Name)
-		ch <- prometheus.MustNewConstMetric(backendBytes, prometheus.CounterValue, float64(c.Bytes.Load()), b.Name)
-		ch <- prometheus.MustNewConstMetric(backendFailures, prometheus.CounterValue, float64(c.Failures.Load()), b.Name)
-		ch <- prometheus.MustNewConstMetric(backendEndpoints, prometheus.GaugeValue, float64(c.Endpoints.Load()), b.Name)
+	}
+	for _, b := range engine.Backends() {
+		for _, call := range b.Calls() {
+			counter(backendCalls, float64(call.Count), b.Name, call.Op)
+			counter(backendErrors, float64(call.Errors), b.Name, call.Op)
+			counter(backendSeconds, call.Time.Seconds(), b.Name, call.Op)
+		}
 	}
 }

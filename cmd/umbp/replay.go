@@ -36,8 +36,9 @@ type request struct {
 	HashIDs     []uint64 `json:"hash_ids"` // blocks of the prompt, in order
 }
 
-// replayResult is what umbp replay prints with --json.
+// replayResult is one row of what umbp replay prints with --json.
 type replayResult struct {
+	Mode       string  `json:"mode"` // of plugins.mode: in-process, or process
 	Requests   int     `json:"requests"`
 	HitRatio   float64 `json:"hit_ratio"` // of the tokens of all prompts, those that were got
 	Evictions  uint64  `json:"evictions"`
@@ -58,6 +59,7 @@ type replayFlags struct {
 	poolSize      string
 	bytesPerToken int
 	speed         string
+	modes         []string
 }
 
 func (a *app) replayCommand() *cobra.Command {
@@ -70,7 +72,11 @@ for each request what a serving engine does: it gets the longest prefix of the p
 holds, and puts the rest. A block is 512 tokens; its bytes are made from its id, so that every byte that comes
 back can be checked. It fails if one is wrong.
 
-Without directory.address it starts nodes within the process. With it, it uses a running cluster.`,
+Without directory.address it starts nodes within the process. With it, it uses a running cluster.
+
+With --mode, backends run as it says where the configuration says nothing of them. Several modes take turns,
+request by request, each on nodes of its own; there is a row for each, and with --json an array of objects instead of
+one object.`,
 		Args: exactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return a.replay(cmd, f, args[0]) },
 	}
@@ -78,6 +84,8 @@ Without directory.address it starts nodes within the process. With it, it uses a
 	cmd.Flags().StringVar(&f.poolSize, "pool-size", "2GiB", "`size` of the pools of the nodes, together")
 	cmd.Flags().IntVar(&f.bytesPerToken, "bytes-per-token", 64, "bytes of a token's KV cache")
 	cmd.Flags().IntVar(&f.limit, "limit", 0, "replay no more than so many requests; 0 replays all")
+	cmd.Flags().StringSliceVar(&f.modes, "mode", nil, "`list` of in-process, process; plugins.mode, unless it is given")
+	config.AddFlags(cmd.Flags(), "plugins.dir")
 	cmd.Flags().StringVar(&f.speed, "speed", "max", "`pace`: max, or a multiple of the trace's own, such as 1x or 10x")
 	return a.client(a.listing(cmd))
 }
@@ -98,13 +106,26 @@ func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
 	case f.limit < 0:
 		return &usageError{fmt.Errorf("--limit %d is negative", f.limit)}
 	}
+	if cmd.Flags().Changed("mode") {
+		faults := benchFaults{}
+		faults.words("mode", f.modes, config.InProcess, config.AsProcess)
+		if err := faults.err(); err != nil {
+			return err
+		}
+	}
 	source := a.source(cmd)
-	c, err := config.Load(source)
+	configs, err := loadModes(source, f.modes)
 	if err != nil {
 		return err
 	}
-	if c.Directory.Address != "" && (cmd.Flags().Changed("nodes") || cmd.Flags().Changed("pool-size")) {
+	c := configs[0]
+	switch {
+	case c.Directory.Address == "":
+	case cmd.Flags().Changed("nodes") || cmd.Flags().Changed("pool-size"):
 		return &usageError{fmt.Errorf("--nodes and --pool-size are for nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
+			c.Directory.Address, c.Origin("directory.address"))}
+	case len(configs) > 1:
+		return &usageError{fmt.Errorf("several modes are compared on nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
 			c.Directory.Address, c.Origin("directory.address"))}
 	}
 	requests, err := readTrace(file, f.limit)
@@ -112,34 +133,59 @@ func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
 		return err
 	}
 	r := &replayer{requests: requests, blockBytes: tokensPerBlock * f.bytesPerToken, pace: pace, stderr: cmd.ErrOrStderr()}
-	run := func(p *poolClient, dir directory.Directory, dial core.Dial) error {
-		r.client, r.directory, r.dial = p, dir, dial
-		return r.run(cmd.Context())
-	}
 	if c.Directory.Address != "" {
 		err = a.withClient(cmd.Context(), source, cmd.ErrOrStderr(), func(cl *cluster, p *poolClient) error {
-			return run(p, cl.directory, core.DialControl(c.TLS.Credentials()))
+			r.lanes = []*lane{r.lane(c, p, cl.directory, core.DialControl(c.TLS.Credentials()))}
+			return r.run(cmd.Context())
 		})
 	} else {
-		err = r.embedded(cmd.Context(), c, f.nodes, uint64(poolSize), run)
+		err = r.embedded(cmd.Context(), configs, f.nodes, uint64(poolSize))
 	}
-	if err != nil {
-		return err
+	if r.finished { // and what comes after went wrong, perhaps
+		err = errors.Join(a.reportReplay(cmd, r.lanes), err)
 	}
-	if a.json {
-		err = printJSON(cmd.OutOrStdout(), r.result)
+	return err
+}
+
+// loadModes loads the configuration once for each mode, or once as it is.
+func loadModes(source config.Source, modes []string) ([]*config.Config, error) {
+	if len(modes) == 0 {
+		c, err := config.Load(source)
+		return []*config.Config{c}, err
+	}
+	var configs []*config.Config
+	for _, mode := range modes {
+		source.Flags["plugins.mode"] = mode
+		c, err := config.Load(source)
+		if err != nil {
+			return nil, err
+		}
+		configs = append(configs, c)
+	}
+	return configs, nil
+}
+
+// reportReplay prints the results, and returns an error if something was wrong.
+func (a *app) reportReplay(cmd *cobra.Command, lanes []*lane) error {
+	var results []replayResult
+	var wrong []error
+	for _, l := range lanes {
+		results = append(results, l.result)
+		if l.result.Mismatches > 0 {
+			wrong = append(wrong, &backend.Error{Code: backend.Integrity, Op: "replay", Text: fmt.Sprintf("%d blocks came back wrong", l.result.Mismatches)})
+		} else if l.result.Failed > 0 {
+			wrong = append(wrong, fmt.Errorf("%d keys failed; the first: %w", l.result.Failed, l.firstErr))
+		}
+	}
+	var err error
+	if a.json && len(results) == 1 {
+		err = printJSON(cmd.OutOrStdout(), results[0])
+	} else if a.json {
+		err = printJSON(cmd.OutOrStdout(), results)
 	} else {
-		err = r.result.print(cmd.OutOrStdout())
+		err = printReplay(cmd.OutOrStdout(), results)
 	}
-	switch {
-	case err != nil:
-		return err
-	case r.result.Mismatches > 0:
-		return &backend.Error{Code: backend.Integrity, Op: "replay", Text: fmt.Sprintf("%d blocks came back wrong", r.result.Mismatches)}
-	case r.result.Failed > 0:
-		return fmt.Errorf("%d keys failed; the first: %w", r.result.Failed, r.firstErr)
-	}
-	return nil
+	return errors.Join(append(wrong, err)...)
 }
 
 func parsePace(speed string) (float64, error) {
@@ -198,13 +244,19 @@ func readTrace(file string, limit int) ([]request, error) {
 	return requests, nil
 }
 
-// replayer replays a trace with one client.
+// replayer replays a trace.
 type replayer struct {
 	requests   []request
 	blockBytes int
 	pace       float64 // multiple of the trace's own; 0 waits for nothing
 	stderr     io.Writer
+	lanes      []*lane
+	finished   bool // the lanes have results
+}
 
+// lane is a client that replays the trace, on a cluster of its own.
+type lane struct {
+	*replayer
 	client    *poolClient
 	directory directory.Directory
 	dial      core.Dial
@@ -216,69 +268,116 @@ type replayer struct {
 	tokens    int
 	hitTokens int
 	firstErr  error
+	evicted   uint64        // before the replay
+	before    core.Snapshot // likewise
+	took      time.Duration
 	result    replayResult
 }
 
-// embedded runs the replay on nodes within the process. Pages are as large as blocks where these are a power of
-// two, and the largest power of two that divides them otherwise.
-func (r *replayer) embedded(ctx context.Context, c *config.Config, nodes int, poolSize uint64, run func(*poolClient, directory.Directory, core.Dial) error) (err error) {
+func (r *replayer) lane(c *config.Config, client *poolClient, dir directory.Directory, dial core.Dial) *lane {
+	return &lane{
+		replayer: r, client: client, directory: dir, dial: dial,
+		want: make([]byte, r.blockBytes), result: replayResult{Mode: c.Plugins.Mode},
+	}
+}
+
+// embedded runs the replay on nodes within the process, those of each configuration for themselves. Pages are as large
+// as blocks where these are a power of two, and the largest power of two that divides them otherwise.
+func (r *replayer) embedded(ctx context.Context, configs []*config.Config, nodes int, poolSize uint64) (err error) {
 	page := uint64(r.blockBytes & -r.blockBytes)
 	perNode := poolSize / uint64(nodes) / page * page
 	if perNode < uint64(r.blockBytes) {
 		return &usageError{fmt.Errorf("--pool-size %s: too small for a block of %d bytes on each of %d nodes", backend.Size(poolSize), r.blockBytes, nodes)}
 	}
-	e, err := openEmbedded(ctx, c, nodes, perNode, page, newLogger(r.stderr, quieter(c)))
-	if err != nil {
-		return err
+	for _, c := range configs {
+		e, openErr := openEmbedded(ctx, c, nodes, perNode, page, newLogger(r.stderr, quieter(c)))
+		if openErr != nil {
+			return openErr
+		}
+		defer func() { err = errors.Join(err, e.Close()) }()
+		r.lanes = append(r.lanes, r.lane(c, e.client, e.directory, core.DialLocal(nil, e.nodes...)))
 	}
-	defer func() { err = errors.Join(err, e.Close()) }()
-	return run(e.client, e.directory, core.DialLocal(nil, e.nodes...))
+	return r.run(ctx)
 }
 
 func (r *replayer) run(ctx context.Context) (err error) {
-	most := 0
-	for i := range r.requests {
-		most = max(most, len(r.requests[i].HashIDs))
-	}
-	for _, memory := range []*[]byte{&r.put, &r.got} {
-		buf, allocErr := r.client.Alloc(ctx, uint64(most*r.blockBytes))
-		if allocErr != nil {
-			return allocErr
+	for _, l := range r.lanes {
+		end, beginErr := l.begin(ctx)
+		if beginErr != nil {
+			return beginErr
 		}
-		defer func() { err = errors.Join(err, buf.Close(context.WithoutCancel(ctx))) }()
-		*memory = buf.Bytes()
-	}
-	r.want = make([]byte, r.blockBytes)
-
-	evicted, err := r.evictions(ctx)
-	if err != nil {
-		return err
+		defer func() { err = errors.Join(err, end(context.WithoutCancel(ctx))) }()
 	}
 	bar := r.progress()
-	before, start := r.client.Stats(), time.Now()
 	defer bar.Finish()
+	start := time.Now()
 	for i := range r.requests {
 		if err := r.waitFor(ctx, start, r.requests[i].Timestamp-r.requests[0].Timestamp); err != nil {
 			return err
 		}
-		if err := r.serve(ctx, &r.requests[i]); err != nil {
-			return err
+		for _, l := range r.lanes {
+			turn := time.Now()
+			if err := l.serve(ctx, &r.requests[i]); err != nil {
+				return err
+			}
+			l.took += time.Since(turn)
 		}
 		bar.Increment()
 	}
-	r.result.Seconds = time.Since(start).Seconds()
-	after := r.client.Stats()
-	now, err := r.evictions(ctx)
+	for _, l := range r.lanes {
+		if err := l.sum(ctx); err != nil {
+			return err
+		}
+	}
+	r.finished = true
+	return nil
+}
+
+// begin allocates memory for the blocks of the largest request; end frees it.
+func (l *lane) begin(ctx context.Context) (end func(context.Context) error, err error) {
+	most := 0
+	for i := range l.requests {
+		most = max(most, len(l.requests[i].HashIDs))
+	}
+	var buffers []*core.Buffer
+	end = func(ctx context.Context) error {
+		var errs []error
+		for _, buf := range buffers {
+			errs = append(errs, buf.Close(ctx))
+		}
+		return errors.Join(errs...)
+	}
+	for _, memory := range []*[]byte{&l.put, &l.got} {
+		buf, err := l.client.Alloc(ctx, uint64(most*l.blockBytes))
+		if err != nil {
+			return nil, errors.Join(err, end(ctx))
+		}
+		buffers = append(buffers, buf)
+		*memory = buf.Bytes()
+	}
+	if l.evicted, err = l.evictions(ctx); err != nil {
+		return nil, errors.Join(err, end(ctx))
+	}
+	l.before = l.client.Stats()
+	return end, nil
+}
+
+// sum makes the result.
+func (l *lane) sum(ctx context.Context) error {
+	after := l.client.Stats()
+	now, err := l.evictions(ctx)
 	if err != nil {
 		return err
 	}
-	r.result.Requests = len(r.requests)
-	r.result.Evictions = max(now, evicted) - evicted // a node that has left took its count along
-	r.result.HitRatio = float64(r.hitTokens) / float64(r.tokens)
-	r.result.GiBPut = float64(bytesOf(after, "put")-bytesOf(before, "put")) / (1 << 30)
-	r.result.GiBGot = float64(bytesOf(after, "get")-bytesOf(before, "get")) / (1 << 30)
-	r.result.GetP50, r.result.GetP99 = percentile(r.gets, 50), percentile(r.gets, 99)
-	r.result.PutP50, r.result.PutP99 = percentile(r.puts, 50), percentile(r.puts, 99)
+	r := &l.result
+	r.Seconds = l.took.Seconds()
+	r.Requests = len(l.requests)
+	r.Evictions = max(now, l.evicted) - l.evicted // a node that has left took its count along
+	r.HitRatio = float64(l.hitTokens) / float64(l.tokens)
+	r.GiBPut = float64(bytesOf(after, "put")-bytesOf(l.before, "put")) / (1 << 30)
+	r.GiBGot = float64(bytesOf(after, "get")-bytesOf(l.before, "get")) / (1 << 30)
+	r.GetP50, r.GetP99 = percentile(l.gets, 50), percentile(l.gets, 99)
+	r.PutP50, r.PutP99 = percentile(l.puts, 50), percentile(l.puts, 99)
 	return nil
 }
 
@@ -319,11 +418,11 @@ func (r *replayer) waitFor(ctx context.Context, start time.Time, millis int64) e
 }
 
 // serve does for one request what a serving engine does.
-func (r *replayer) serve(ctx context.Context, q *request) error {
+func (l *lane) serve(ctx context.Context, q *request) error {
 	// The same block may stand twice in a prompt; its second place is served by the first.
 	ids := slices.Clone(q.HashIDs)
 	// In a running cluster, the keys must not be those of others, nor of a replay with blocks of another size.
-	prefix := fmt.Sprintf("umbp-replay/%d/", r.blockBytes)
+	prefix := fmt.Sprintf("umbp-replay/%d/", l.blockBytes)
 	keys := make([]string, 0, len(ids))
 	distinct := ids[:0]
 	seen := make(map[uint64]bool, len(ids))
@@ -335,8 +434,8 @@ func (r *replayer) serve(ctx context.Context, q *request) error {
 		}
 	}
 	ids = distinct
-	r.tokens += q.InputLength
-	held, err := r.get(ctx, ids, keys)
+	l.tokens += q.InputLength
+	held, err := l.get(ctx, ids, keys)
 	if err != nil {
 		return err
 	}
@@ -344,16 +443,16 @@ func (r *replayer) serve(ctx context.Context, q *request) error {
 	if held < len(ids) {
 		hits = slices.Index(q.HashIDs, ids[held])
 	}
-	r.hitTokens += min(hits*tokensPerBlock, q.InputLength) // the last block may be partial
-	return r.store(ctx, ids[held:], keys[held:])
+	l.hitTokens += min(hits*tokensPerBlock, q.InputLength) // the last block may be partial
+	return l.store(ctx, ids[held:], keys[held:])
 }
 
 // get gets the longest prefix that the pool holds, checks it, and returns its length in blocks.
-func (r *replayer) get(ctx context.Context, ids []uint64, keys []string) (held int, err error) {
+func (l *lane) get(ctx context.Context, ids []uint64, keys []string) (held int, err error) {
 	start := time.Now()
-	for _, e := range r.client.Exists(ctx, keys...) {
+	for _, e := range l.client.Exists(ctx, keys...) {
 		if e.Err != nil {
-			r.count(e)
+			l.count(e)
 		}
 		if e.Status != core.Exists {
 			break
@@ -365,60 +464,60 @@ func (r *replayer) get(ctx context.Context, ids []uint64, keys []string) (held i
 	}
 	items := make([]core.Item, held)
 	for i := range items {
-		items[i] = core.Item{Key: keys[i], Value: r.block(r.got, i)}
+		items[i] = core.Item{Key: keys[i], Value: l.block(l.got, i)}
 	}
-	results := r.client.BatchGet(ctx, items)
-	r.gets = append(r.gets, time.Since(start))
+	results := l.client.BatchGet(ctx, items)
+	l.gets = append(l.gets, time.Since(start))
 	for i, got := range results {
-		r.count(got)
+		l.count(got)
 		if got.Status != core.Found {
 			held = min(held, i) // evicted meanwhile: the prefix ends here
 			continue
 		}
-		fillBlock(r.want, ids[i])
-		if got.Size != uint64(r.blockBytes) || !bytes.Equal(items[i].Value, r.want) {
-			r.result.Mismatches++
+		fillBlock(l.want, ids[i])
+		if got.Size != uint64(l.blockBytes) || !bytes.Equal(items[i].Value, l.want) {
+			l.result.Mismatches++
 		}
 	}
 	return held, ctx.Err()
 }
 
-func (r *replayer) store(ctx context.Context, ids []uint64, keys []string) error {
+func (l *lane) store(ctx context.Context, ids []uint64, keys []string) error {
 	if len(ids) == 0 {
 		return nil
 	}
 	items := make([]core.Item, len(ids))
 	for i, id := range ids {
-		items[i] = core.Item{Key: keys[i], Value: r.block(r.put, i)}
+		items[i] = core.Item{Key: keys[i], Value: l.block(l.put, i)}
 		fillBlock(items[i].Value, id)
 	}
 	start := time.Now()
-	results := r.client.BatchPut(ctx, items)
-	r.puts = append(r.puts, time.Since(start))
+	results := l.client.BatchPut(ctx, items)
+	l.puts = append(l.puts, time.Since(start))
 	for _, put := range results {
-		r.count(put)
+		l.count(put)
 	}
 	return ctx.Err()
 }
 
-func (r *replayer) block(memory []byte, i int) []byte {
-	return memory[i*r.blockBytes : (i+1)*r.blockBytes : (i+1)*r.blockBytes]
+func (l *lane) block(memory []byte, i int) []byte {
+	return memory[i*l.blockBytes : (i+1)*l.blockBytes : (i+1)*l.blockBytes]
 }
 
 // count counts what did not go well. An Integrity error is a mismatch that the client has found itself.
-func (r *replayer) count(result core.Result) {
+func (l *lane) count(result core.Result) {
 	switch {
 	case result.Err == nil:
 		return
 	case result.Status == core.Busy, result.Status == core.NoSpace:
-		r.result.Busy++
+		l.result.Busy++
 		return
 	case backend.CodeOf(result.Err) == backend.Integrity:
-		r.result.Mismatches++
+		l.result.Mismatches++
 	}
-	r.result.Failed++
-	if r.firstErr == nil {
-		r.firstErr = result.Err
+	l.result.Failed++
+	if l.firstErr == nil {
+		l.firstErr = result.Err
 	}
 }
 
@@ -433,14 +532,14 @@ func fillBlock(b []byte, id uint64) {
 }
 
 // evictions adds up what the nodes have evicted.
-func (r *replayer) evictions(ctx context.Context) (uint64, error) {
-	nodes, err := r.directory.Nodes(ctx)
+func (l *lane) evictions(ctx context.Context) (uint64, error) {
+	nodes, err := l.directory.Nodes(ctx)
 	if err != nil {
 		return 0, err
 	}
 	var sum uint64
 	for _, n := range nodes {
-		service, hangUp, err := r.dial(ctx, n)
+		service, hangUp, err := l.dial(ctx, n)
 		if err != nil {
 			return 0, err
 		}
@@ -462,11 +561,15 @@ func percentile(d []time.Duration, p int) float64 {
 	return float64(d[(len(d)-1)*p/100].Microseconds()) / 1000
 }
 
-func (r *replayResult) print(w io.Writer) error {
-	return printTable(w, []string{"REQUESTS", "HITS", "EVICTIONS", "PUT", "GOT", "GET P50", "GET P99", "PUT P50", "PUT P99", "BUSY", "FAILED", "MISMATCHES", "TIME"}, [][]string{{
-		strconv.Itoa(r.Requests), fmt.Sprintf("%.1f %% of tokens", 100*r.HitRatio), strconv.FormatUint(r.Evictions, 10),
-		fmt.Sprintf("%.2f GiB", r.GiBPut), fmt.Sprintf("%.2f GiB", r.GiBGot),
-		fmt.Sprintf("%.2f ms", r.GetP50), fmt.Sprintf("%.2f ms", r.GetP99), fmt.Sprintf("%.2f ms", r.PutP50), fmt.Sprintf("%.2f ms", r.PutP99),
-		strconv.Itoa(r.Busy), strconv.Itoa(r.Failed), strconv.Itoa(r.Mismatches), fmt.Sprintf("%.1f s", r.Seconds),
-	}})
+func printReplay(w io.Writer, results []replayResult) error {
+	var rows [][]string
+	for _, r := range results {
+		rows = append(rows, []string{
+			r.Mode, strconv.Itoa(r.Requests), fmt.Sprintf("%.1f %% of tokens", 100*r.HitRatio), strconv.FormatUint(r.Evictions, 10),
+			fmt.Sprintf("%.2f GiB", r.GiBPut), fmt.Sprintf("%.2f GiB", r.GiBGot),
+			fmt.Sprintf("%.2f ms", r.GetP50), fmt.Sprintf("%.2f ms", r.GetP99), fmt.Sprintf("%.2f ms", r.PutP50), fmt.Sprintf("%.2f ms", r.PutP99),
+			strconv.Itoa(r.Busy), strconv.Itoa(r.Failed), strconv.Itoa(r.Mismatches), fmt.Sprintf("%.1f s", r.Seconds),
+		})
+	}
+	return printTable(w, []string{"MODE", "REQUESTS", "HITS", "EVICTIONS", "PUT", "GOT", "GET P50", "GET P99", "PUT P50", "PUT P99", "BUSY", "FAILED", "MISMATCHES", "TIME"}, rows)
 }

@@ -30,14 +30,29 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/umbp/umbp/config"
+	"github.com/umbp/umbp/plugin-sdk/null"
+	"github.com/umbp/umbp/plugin-sdk/serve"
+	"github.com/umbp/umbp/plugins/shm"
+	"github.com/umbp/umbp/plugins/tcp"
 )
 
 // The scripts in testdata/script use umbp as a user does. The test binary acts as two programs for them:
 //
 //	umbp ARG...         the real thing
 //	node NAME ARG...    umbp serve on free ports, its log in NAME.log; to be run in the background as &NAME&
+//
+// and as the plugins that umbp is shipped with, and as umbp-plugin-broken, which breaks the contract.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"umbp": main, "node": nodeMain})
+	testscript.Main(m, map[string]func(){
+		"umbp": main, "node": nodeMain,
+		"umbp-plugin-shm":  func() { serve.Main(shm.Factory) },
+		"umbp-plugin-tcp":  func() { serve.Main(tcp.Factory) },
+		"umbp-plugin-null": func() { serve.Main(null.Factory) },
+
+		"umbp-plugin-broken": brokenPluginMain,
+	})
 }
 
 func nodeMain() {
@@ -52,28 +67,64 @@ func nodeMain() {
 	os.Exit(run(append(args, os.Args[2:]...), os.Stdin, os.Stdout, log))
 }
 
+// TestScripts runs all scripts with the backends linked in, and those that move values with each as a process of its
+// own.
 func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{
-		Dir:                "testdata/script",
-		RequireUniqueNames: true,
-		Setup: func(env *testscript.Env) error {
-			// A program under the race detector sleeps for a second before it exits, unless it is told not to.
-			env.Setenv("GORACE", "atexit_sleep_ms=0")
-			return nil
-		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits":  scriptExits,
-			"until":  scriptUntil,
-			"ready":  scriptReady,
-			"logs":   scriptLogs,
-			"signal": scriptSignal,
-			"shape":  scriptShape,
-			"fetch":  scriptFetch,
-			"random": scriptRandom,
-			"gzip":   scriptGzip,
-			"certs":  scriptCerts,
-		},
+	plugins := pluginFolder(t)
+	t.Run(config.InProcess, func(t *testing.T) {
+		runScripts(t, plugins, testscript.Params{Dir: "testdata/script"})
 	})
+	t.Run(config.AsProcess, func(t *testing.T) {
+		var files []string
+		for _, name := range []string{"cluster", "faults", "reload", "replay", "tls", "values"} {
+			files = append(files, filepath.Join("testdata", "script", name+".txtar"))
+		}
+		runScripts(t, plugins, testscript.Params{Files: files}, "UMBP_PLUGINS__MODE="+config.AsProcess)
+	})
+}
+
+// A program under the race detector sleeps for a second before it exits, unless this variable tells it not to.
+const quickExit = "GORACE=atexit_sleep_ms=0"
+
+// pluginFolder makes a folder of plugins that exit quickly.
+func pluginFolder(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range []string{"shm", "tcp", "null"} {
+		name = "umbp-plugin-" + name
+		program, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		script := fmt.Sprintf("#!/bin/sh\n%s exec %s \"$@\"\n", quickExit, program)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func runScripts(t *testing.T, plugins string, p testscript.Params, env ...string) {
+	p.RequireUniqueNames = true
+	p.Setup = func(e *testscript.Env) error {
+		e.Vars = append(e.Vars, append(env, quickExit, "UMBP_PLUGINS__DIR="+plugins)...)
+		return nil
+	}
+	p.Cmds = map[string]func(*testscript.TestScript, bool, []string){
+		"exits":  scriptExits,
+		"until":  scriptUntil,
+		"ready":  scriptReady,
+		"logs":   scriptLogs,
+		"signal": scriptSignal,
+		"shape":  scriptShape,
+		"fetch":  scriptFetch,
+		"random": scriptRandom,
+		"gzip":   scriptGzip,
+		"certs":  scriptCerts,
+		"slay":   scriptSlay,
+		"gone":   scriptGone,
+	}
+	testscript.Run(t, p)
 }
 
 // patienceOfScripts is how long scripts wait for what must come. Nothing is asserted about time.
@@ -221,6 +272,27 @@ func scriptGzip(ts *testscript.TestScript, _ bool, args []string) {
 	_, err := w.Write([]byte(ts.ReadFile(args[0])))
 	ts.Check(errors.Join(err, w.Close()))
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]+".gz"), b.Bytes(), 0o600))
+}
+
+// pidIn returns the pid that JSON names.
+func pidIn(ts *testscript.TestScript, file string) int {
+	var process struct{ PID int }
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile(file)), &process))
+	if process.PID == 0 {
+		ts.Fatalf("%s names no process", file)
+	}
+	return process.PID
+}
+
+// slay: kills the process whose pid the JSON of the last output names.
+func scriptSlay(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(syscall.Kill(pidIn(ts, "stdout"), syscall.SIGKILL))
+}
+
+// gone FILE: waits until the process whose pid the JSON in the file names is gone.
+func scriptGone(ts *testscript.TestScript, _ bool, args []string) {
+	pid := pidIn(ts, args[0])
+	await(ts, fmt.Sprintf("the end of process %d", pid), func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
 }
 
 // certs DIR...: makes in each directory an authority, and a certificate and key for 127.0.0.1 signed by it.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/admin"
 	"github.com/umbp/umbp/core/control"
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/peer"
@@ -44,7 +45,7 @@ needs a restart. SIGTERM leaves the cluster and stops; a second one stops at onc
 			if directoryOnly {
 				source.Flags["directory.only"] = "true"
 			}
-			return serve(cmd.Context(), source, cmd.ErrOrStderr())
+			return serveNode(cmd.Context(), source, cmd.ErrOrStderr())
 		},
 	}
 	config.AddFlags(cmd.Flags())
@@ -52,8 +53,8 @@ needs a restart. SIGTERM leaves the cluster and stops; a second one stops at onc
 	return cmd
 }
 
-// serve runs a node until ctx ends.
-func serve(ctx context.Context, source config.Source, stderr io.Writer) (err error) {
+// serveNode runs a node until ctx ends.
+func serveNode(ctx context.Context, source config.Source, stderr io.Writer) (err error) {
 	manager, err := config.NewManager(source)
 	if err != nil {
 		return err
@@ -177,6 +178,7 @@ func (s *server) openNode(ctx context.Context) error {
 		return err
 	})
 	peer.Register(s.control, s.node)
+	admin.Register(s.control, s.engine)
 	return nil
 }
 

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -24,20 +23,8 @@ import (
 	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/fault"
-	"github.com/umbp/umbp/plugins/shm"
 	"github.com/umbp/umbp/plugins/tcp"
 )
-
-// factories are the backends that are linked in.
-var factories = []backend.Factory{shm.Factory, tcp.Factory}
-
-func schemas() map[string][]backend.Option {
-	m := make(map[string][]backend.Option)
-	for _, f := range factories {
-		m[f.Name] = f.Options
-	}
-	return m
-}
 
 func newLogger(w io.Writer, c config.Log) hclog.Logger {
 	return hclog.New(&hclog.LoggerOptions{
@@ -69,13 +56,12 @@ func openEngine(ctx context.Context, c *config.Config, name string, listen bool,
 		if !b.Enabled {
 			continue
 		}
-		i := slices.IndexFunc(factories, func(f backend.Factory) bool { return f.Name == b.Name })
-		if i < 0 {
-			return nil, fmt.Errorf("backend %q is not linked into this binary", b.Name)
-		}
-		spec := host.Spec{Factory: factories[i], Options: b.Options}
 		if b.Name == tcp.Factory.Name && !listen {
-			spec.Options = withOption(b.Options, "listen", "off")
+			b.Options = withOption(b.Options, "listen", "off")
+		}
+		spec, err := backendSpec(linked(b.Name), c.Mode(&b), c.Plugins, b)
+		if err != nil {
+			return nil, err
 		}
 		if b.Faults != "" {
 			script, err := fault.Parse(b.Faults)
@@ -141,6 +127,11 @@ func directoryAddress(c *config.Config) (string, error) {
 	if c.Directory.Address != "" {
 		return c.Directory.Address, nil
 	}
+	return ownAddress(c)
+}
+
+// ownAddress is where the node that runs on this host with the same configuration can be reached.
+func ownAddress(c *config.Config) (string, error) {
 	hostPart, port, err := net.SplitHostPort(c.Node.Listen)
 	if err != nil {
 		return "", fmt.Errorf("node.listen: %w", err)

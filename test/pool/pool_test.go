@@ -31,9 +31,9 @@ type client struct {
 	directory *directory.Client
 }
 
-func connect(t *testing.T, directoryAddress, sockets string, backends ...string) *client {
+func connect(t *testing.T, mode, directoryAddress, sockets string, backends ...string) *client {
 	t.Helper()
-	engine, err := newEngine(t.Context(), "client-"+t.Name()+"-"+fmt.Sprint(rand.Uint32()), backends, map[string]map[string]string{
+	engine, err := newEngine(t.Context(), mode, "client-"+t.Name()+"-"+fmt.Sprint(rand.Uint32()), backends, map[string]map[string]string{
 		"tcp": {"listen": "off"}, "shm": {"socket_dir": sockets},
 	})
 	if err != nil {
@@ -204,11 +204,11 @@ var (
 )
 
 // newPool starts a directory and two nodes, a and b, and returns them. The changes apply to the node's roles.
-func newPool(t *testing.T, change ...func(a, b *role)) (dir, a, b *process, socketDir string) {
+func newPool(t *testing.T, mode string, change ...func(a, b *role)) (dir, a, b *process, socketDir string) {
 	t.Helper()
 	socketDir = sockets(t)
 	dir = start(t, role{Listen: "127.0.0.1:0", Lease: time.Second})
-	ra := role{Listen: "127.0.0.1:0", Directory: dir.Control, Node: "a", Backends: tcpOnly, Data: "127.0.0.1:0", Sockets: socketDir, PoolSize: 16 << 20}
+	ra := role{Listen: "127.0.0.1:0", Directory: dir.Control, Node: "a", Backends: tcpOnly, Data: "127.0.0.1:0", Sockets: socketDir, PoolSize: 16 << 20, Mode: mode}
 	rb := ra
 	rb.Node = "b"
 	for _, f := range change {
@@ -217,15 +217,36 @@ func newPool(t *testing.T, change ...func(a, b *role)) (dir, a, b *process, sock
 	return dir, start(t, ra), start(t, rb), socketDir
 }
 
+// TestPool runs every test with the backends linked in, and again with each as a process of its own.
+func TestPool(t *testing.T) {
+	for _, mode := range []string{inProcess, asProcess} {
+		for name, test := range map[string]func(t *testing.T, mode string){
+			"MixedFleet":        testMixedFleet,
+			"PoolFull":          testPoolFull,
+			"NodeKilled":        testNodeKilled,
+			"ConnectionCut":     testConnectionCut,
+			"DirectoryRestarts": testDirectoryRestarts,
+			"NodeRestarts":      testNodeRestarts,
+			"IdleGap":           testIdleGap,
+			"WrongSecret":       testWrongSecret,
+			"Leaving":           testLeaving,
+		} {
+			t.Run(mode+"/"+name, func(t *testing.T) {
+				t.Parallel()
+				test(t, mode)
+			})
+		}
+	}
+}
+
 var sizes = []int{1, 4095, 4096, 4097, 12_289, 100_000, 300_001, 7, 65_536, 200_000}
 
-// TestMixedFleet: one node has shared memory and tcp, the other tcp alone. The same holds for the clients. Everyone
+// testMixedFleet: one node has shared memory and tcp, the other tcp alone. The same holds for the clients. Everyone
 // gets everything, by the best way that they share.
-func TestMixedFleet(t *testing.T) {
-	t.Parallel()
-	dir, _, _, socketDir := newPool(t, func(a, _ *role) { a.Backends = shmTCP })
-	rich := connect(t, dir.Control, socketDir, shmTCP...)
-	poor := connect(t, dir.Control, "", tcpOnly...)
+func testMixedFleet(t *testing.T, mode string) {
+	dir, _, _, socketDir := newPool(t, mode, func(a, _ *role) { a.Backends = shmTCP })
+	rich := connect(t, mode, dir.Control, socketDir, shmTCP...)
+	poor := connect(t, mode, dir.Control, "", tcpOnly...)
 	for i, c := range []*client{rich, poor} {
 		list := c.items(fmt.Sprint("client-", i), slices.Repeat(sizes, 3)...)
 		results := c.BatchPut(t.Context(), list)
@@ -244,11 +265,10 @@ func TestMixedFleet(t *testing.T) {
 	is(t, core.Missing, poor.Get(t.Context(), "client-1-0", make([]byte, 10)))
 }
 
-// TestPoolFull over real processes: what has no room fails alone.
-func TestPoolFull(t *testing.T) {
-	t.Parallel()
-	dir, _, _, _ := newPool(t, func(a, b *role) { a.PoolSize, b.PoolSize = 1<<20, 1<<20 })
-	c := connect(t, dir.Control, "", tcpOnly...)
+// testPoolFull over real processes: what has no room fails alone.
+func testPoolFull(t *testing.T, mode string) {
+	dir, _, _, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.PoolSize = 1<<20, 1<<20 })
+	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("full", slices.Repeat([]int{300_000}, 8)...) // three fit on each node
 	var stored []core.Item
 	for i, r := range c.BatchPut(t.Context(), list) {
@@ -266,19 +286,18 @@ func TestPoolFull(t *testing.T) {
 	c.same(stored)
 }
 
-// TestNodeKilled kills a node while bytes are on their way to it, or from it.
-func TestNodeKilled(t *testing.T) {
-	t.Parallel()
+// testNodeKilled kills a node while bytes are on their way to it, or from it.
+func testNodeKilled(t *testing.T, mode string) {
 	for name, direction := range map[string]int{"put": toNode, "get": toClient} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			var p *proxy
-			dir, _, b, _ := newPool(t, func(_, b *role) {
+			dir, _, b, _ := newPool(t, mode, func(_, b *role) {
 				b.Data = freePort(t)
 				p = newProxy(t, b.Data)
 				b.Announce = p.address()
 			})
-			c := connect(t, dir.Control, "", tcpOnly...)
+			c := connect(t, mode, dir.Control, "", tcpOnly...)
 			before := c.items("before", sizes...)
 			is(t, core.Stored, c.BatchPut(t.Context(), before)...)
 			beforeAt := c.same(before)
@@ -336,17 +355,16 @@ func TestNodeKilled(t *testing.T) {
 	}
 }
 
-// TestConnectionCut cuts the connection in the middle of a frame. The transfer is sent again.
-func TestConnectionCut(t *testing.T) {
-	t.Parallel()
+// testConnectionCut cuts the connection in the middle of a frame. The transfer is sent again.
+func testConnectionCut(t *testing.T, mode string) {
 	var p *proxy
-	dir, _, _, _ := newPool(t, func(a, b *role) {
+	dir, _, _, _ := newPool(t, mode, func(a, b *role) {
 		a.PoolSize = 4096 // so that all goes to b
 		b.Data = freePort(t)
 		p = newProxy(t, b.Data)
 		b.Announce = p.address()
 	})
-	c := connect(t, dir.Control, "", tcpOnly...)
+	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	is(t, core.Stored, c.BatchPut(t.Context(), c.items("warm", sizes[1:]...))...)
 	for i, n := range []int64{0, 1, 39, 40, 100, 100_000, 999_999} {
 		list := c.items(fmt.Sprint("cut-", i), 900_000, 900_000, 5000)
@@ -369,12 +387,11 @@ func TestConnectionCut(t *testing.T) {
 	}
 }
 
-// TestDirectoryRestarts: the directory is killed and comes back empty at the same address. The nodes tell it what
+// testDirectoryRestarts: the directory is killed and comes back empty at the same address. The nodes tell it what
 // they hold.
-func TestDirectoryRestarts(t *testing.T) {
-	t.Parallel()
-	dir, _, _, _ := newPool(t)
-	c := connect(t, dir.Control, "", tcpOnly...)
+func testDirectoryRestarts(t *testing.T, mode string) {
+	dir, _, _, _ := newPool(t, mode)
+	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("key", sizes...)
 	is(t, core.Stored, c.BatchPut(t.Context(), list)...)
 	dir.kill()
@@ -396,12 +413,11 @@ func TestDirectoryRestarts(t *testing.T) {
 	is(t, core.Stored, c.BatchPut(t.Context(), c.items("after", sizes...))...)
 }
 
-// TestNodeRestarts: a node is killed and comes back on the same ports, with another incarnation. Clients that knew it
+// testNodeRestarts: a node is killed and comes back on the same ports, with another incarnation. Clients that knew it
 // go on without a restart, and what they knew of its memory is refused.
-func TestNodeRestarts(t *testing.T) {
-	t.Parallel()
-	dir, _, b, _ := newPool(t, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
-	c := connect(t, dir.Control, "", tcpOnly...)
+func testNodeRestarts(t *testing.T, mode string) {
+	dir, _, b, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
+	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("key", sizes[1:]...)
 	for range 2 {
 		results := c.BatchPut(t.Context(), list)
@@ -450,11 +466,10 @@ func TestNodeRestarts(t *testing.T) {
 	c.same(list)
 }
 
-// TestIdleGap: connections that have been silent for longer than their keepalive are good.
-func TestIdleGap(t *testing.T) {
-	t.Parallel()
-	dir, _, _, socketDir := newPool(t, func(a, _ *role) { a.Backends = shmTCP })
-	c := connect(t, dir.Control, socketDir, shmTCP...)
+// testIdleGap: connections that have been silent for longer than their keepalive are good.
+func testIdleGap(t *testing.T, mode string) {
+	dir, _, _, socketDir := newPool(t, mode, func(a, _ *role) { a.Backends = shmTCP })
+	c := connect(t, mode, dir.Control, socketDir, shmTCP...)
 	list := c.items("key", sizes...)
 	is(t, core.Stored, c.BatchPut(t.Context(), list)...)
 	time.Sleep(3 * time.Second)
@@ -465,11 +480,10 @@ func TestIdleGap(t *testing.T) {
 	}
 }
 
-// TestWrongSecret: who does not have the secret that the control plane hands out gets nothing, whatever they send.
-func TestWrongSecret(t *testing.T) {
-	t.Parallel()
-	dir, _, b, _ := newPool(t, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
-	c := connect(t, dir.Control, "", tcpOnly...)
+// testWrongSecret: who does not have the secret that the control plane hands out gets nothing, whatever they send.
+func testWrongSecret(t *testing.T, mode string) {
+	dir, _, b, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
+	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	value := bytes.Repeat([]byte("a secret value! "), 512)
 	is(t, core.Stored, c.Put(t.Context(), "key", value))
 
@@ -516,7 +530,7 @@ func TestWrongSecret(t *testing.T) {
 	}
 
 	// Nor does an engine that offers under the name of another get what was meant for that one.
-	stranger, err := newEngine(t.Context(), "stranger", tcpOnly, map[string]map[string]string{"tcp": {"listen": "off"}})
+	stranger, err := newEngine(t.Context(), mode, "stranger", tcpOnly, map[string]map[string]string{"tcp": {"listen": "off"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -549,16 +563,15 @@ type forged struct {
 	name backend.Peer
 }
 
-func (f forged) Answer(ctx context.Context, req *peer.AnswerRequest) ([]byte, error) {
+func (f forged) Answer(ctx context.Context, req *peer.AnswerRequest) (*peer.AnswerReply, error) {
 	req.From = f.name
 	return f.Service.Answer(ctx, req)
 }
 
-// TestLeaving: a node that leaves in good order is gone at once, with its values.
-func TestLeaving(t *testing.T) {
-	t.Parallel()
-	dir, _, b, socketDir := newPool(t, func(a, b *role) { a.Backends, b.Backends = shmTCP, shmTCP })
-	c := connect(t, dir.Control, socketDir, shmTCP...)
+// testLeaving: a node that leaves in good order is gone at once, with its values.
+func testLeaving(t *testing.T, mode string) {
+	dir, _, b, socketDir := newPool(t, mode, func(a, b *role) { a.Backends, b.Backends = shmTCP, shmTCP })
+	c := connect(t, mode, dir.Control, socketDir, shmTCP...)
 	list := c.items("key", slices.Repeat(sizes, 2)...)
 	results := c.BatchPut(t.Context(), list)
 	is(t, core.Stored, results...)

@@ -1,25 +1,30 @@
 // Package pool_test runs the pool as it is run: nodes and the directory in processes of their own, the control plane
 // over gRPC, the bytes over the real backends. Processes are killed, connections are cut, ports are used again.
 //
-// The test binary is its own node: TestMain starts it again, with a role to play in the environment.
+// The test binary is its own node: TestMain starts it again, with a role to play in the environment. It is its own
+// plugin, too, under the name of one.
 package pool_test
 
 import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/admin"
 	"github.com/umbp/umbp/core/control"
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/host"
@@ -27,6 +32,7 @@ import (
 	"github.com/umbp/umbp/core/region"
 	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/serve"
 	"github.com/umbp/umbp/plugins/shm"
 	"github.com/umbp/umbp/plugins/tcp"
 )
@@ -34,7 +40,28 @@ import (
 // roleVariable holds the role of a process that TestMain has started.
 const roleVariable = "UMBP_TEST_ROLE"
 
+// The modes that backends run in.
+const (
+	inProcess = "in-process"
+	asProcess = "process"
+)
+
+// A program under the race detector sleeps for a second before it exits, unless this variable tells it not to.
+const (
+	raceVariable = "GORACE"
+	raceOptions  = "atexit_sleep_ms=0"
+)
+
+const pluginPrefix = "umbp-plugin-"
+
+// plugins is the folder of the plugins.
+var plugins string
+
 func TestMain(m *testing.M) {
+	if name, ok := strings.CutPrefix(filepath.Base(os.Args[0]), pluginPrefix); ok {
+		serve.Main(factory(name))
+		return
+	}
 	if text := os.Getenv(roleVariable); text != "" {
 		if err := play(text); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -42,7 +69,33 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	os.Setenv(raceVariable, raceOptions)
+	removePlugins, err := makePlugins()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		removePlugins()
+		os.Exit(code)
+	}))
+}
+
+// makePlugins makes links to the test binary that have the names of plugins.
+func makePlugins() (remove func(), err error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if plugins, err = os.MkdirTemp("", "umbp"); err != nil {
+		return nil, err
+	}
+	for _, f := range factories {
+		if err := os.Symlink(program, filepath.Join(plugins, pluginPrefix+f.Name)); err != nil {
+			return nil, err
+		}
+	}
+	return func() { os.RemoveAll(plugins) }, nil
 }
 
 // role says what a process does.
@@ -53,6 +106,8 @@ type role struct {
 
 	Node     string // name; empty to lend no memory
 	Backends []string
+	Mode     string // of the backends
+	Plugins  string // folder
 	Data     string // tcp: where to listen
 	Announce string // tcp: where to be reached; empty for Data
 	Sockets  string // shm: directory of the sockets
@@ -96,7 +151,8 @@ func play(text string) error {
 	var node *core.Node
 	says := ready{Control: server.Address()}
 	if r.Node != "" {
-		engine, err := newEngine(ctx, r.Node, r.Backends, map[string]map[string]string{
+		plugins = r.Plugins
+		engine, err := newEngine(ctx, r.Mode, r.Node, r.Backends, map[string]map[string]string{
 			"tcp": {"listen": r.Data, "advertise": r.Announce, "connect_timeout": "2s"}, "shm": {"socket_dir": r.Sockets},
 		})
 		if err != nil {
@@ -111,6 +167,7 @@ func play(text string) error {
 		}
 		defer node.Close(ctx)
 		peer.Register(server, node)
+		admin.Register(server, engine)
 		says.Self = engine.Self()
 	}
 	served := make(chan error, 1)
@@ -131,13 +188,29 @@ func play(text string) error {
 }
 
 // newEngine opens the backends named, in the order of preference.
-func newEngine(ctx context.Context, name string, backends []string, options map[string]map[string]string) (*core.Engine, error) {
+func newEngine(ctx context.Context, mode, name string, backends []string, options map[string]map[string]string) (*core.Engine, error) {
 	opts := core.EngineOptions{Node: name, Rules: []selector.Rule{{Prefer: backends[:1], Allow: backends[1:]}}, ConnectTimeout: 2 * time.Second}
 	for _, b := range backends {
-		i := slices.IndexFunc(factories, func(f backend.Factory) bool { return f.Name == b })
-		opts.Backends = append(opts.Backends, host.Spec{Factory: factories[i], Options: options[b]})
+		spec := host.Spec{Factory: factory(b), Options: options[b]}
+		if mode == asProcess {
+			spec.Process = &host.ProcessSpec{Name: b, Path: filepath.Join(plugins, pluginPrefix+b), Env: []string{raceVariable}}
+		}
+		opts.Backends = append(opts.Backends, spec)
 	}
-	return core.NewEngine(ctx, opts)
+	engine, err := core.NewEngine(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range engine.BackendStates() {
+		if s.Info == nil {
+			return nil, errors.Join(fmt.Errorf("backend %s: %s", s.Name, s.Reason), engine.Close())
+		}
+	}
+	return engine, nil
+}
+
+func factory(name string) backend.Factory {
+	return factories[slices.IndexFunc(factories, func(f backend.Factory) bool { return f.Name == name })]
 }
 
 var factories = []backend.Factory{shm.Factory, tcp.Factory}
@@ -154,6 +227,7 @@ type process struct {
 // start starts a process and waits until it serves.
 func start(t *testing.T, r role) *process {
 	t.Helper()
+	r.Plugins = plugins
 	text, err := json.Marshal(r)
 	if err != nil {
 		t.Fatal(err)
