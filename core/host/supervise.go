@@ -258,6 +258,14 @@ func (p *Process) end(i *instance, planned bool) (err error) {
 		case err = <-closed:
 			orderly = true
 		case <-i.failed:
+			// A process may end as soon as it has answered, and be seen to before its answer is.
+			late := time.NewTimer(dyingTime)
+			defer late.Stop()
+			select {
+			case err = <-closed:
+				orderly = true
+			case <-late.C:
+			}
 		case <-timer.C:
 		}
 	}

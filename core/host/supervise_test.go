@@ -820,6 +820,22 @@ func TestCloseFails(t *testing.T) {
 	})
 }
 
+// TestPromptExit: a process that ends as soon as it has answered has closed its backend, and has not failed.
+func TestPromptExit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t, nil)
+		f := l.last()
+		f.set(&f.close, func() error {
+			f.die("exit status 0")
+			time.Sleep(dyingTime / 2) // until the answer is here
+			return nil
+		})
+		if err := l.Close(); err != nil {
+			t.Errorf("Close returns %v", err)
+		}
+	})
+}
+
 func TestExitErrorShowsWhatMatters(t *testing.T) {
 	long := strings.Repeat("goroutine 7 [running]\n", 1000)
 	for _, c := range []struct {

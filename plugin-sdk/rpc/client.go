@@ -194,10 +194,15 @@ func (c *Client) attach(ctx context.Context) error {
 	return nil
 }
 
-// Ping returns nil when the plugin has answered.
+// Ping returns nil when the plugin has answered. It asks while the backend is being closed, too: a plugin that takes its
+// time for that is alive.
 func (c *Client) Ping(ctx context.Context) error {
-	_, err := call(ctx, c, "ping", c.service.Ping, &backendpb.PingRequest{})
-	return err
+	bounded, cancel := c.bounded(ctx)
+	defer cancel()
+	if _, err := c.service.Ping(bounded, &backendpb.PingRequest{}); err != nil {
+		return c.callError(ctx, "ping", err)
+	}
+	return nil
 }
 
 // Broken is closed when the plugin's process must be ended: the data path is corrupt, a stream has ended, or the plugin

@@ -33,6 +33,7 @@ type calls struct {
 	access    pb.MemoryAccess
 	attach    func(context.Context, *pb.AttachRequest) (*pb.AttachReply, error)
 	establish func(context.Context, *pb.EstablishRequest) (*pb.EstablishReply, error)
+	closing   func()
 	closeEnd  func(context.Context, *pb.CloseSessionRequest) (*pb.CloseSessionReply, error)
 	events    func(*pb.EventsRequest, grpc.ServerStreamingServer[pb.Event]) error
 	transfers func(grpc.BidiStreamingServer[pb.HostFrame, pb.PluginFrame]) error
@@ -98,6 +99,9 @@ func (c *calls) CloseEndpoint(context.Context, *pb.CloseEndpointRequest) (*pb.Cl
 }
 
 func (c *calls) Close(context.Context, *pb.CloseRequest) (*pb.CloseReply, error) {
+	if c.closing != nil {
+		c.closing()
+	}
 	return &pb.CloseReply{}, nil
 }
 
@@ -1045,5 +1049,23 @@ func TestMemoryRequestsThatBreak(t *testing.T) {
 				t.Errorf("it is broken because of %v, want %q", client.Err(), c.want)
 			}
 		})
+	}
+}
+
+// TestPingWhileItCloses: a plugin that takes its time to close its backend is alive.
+func TestPingWhileItCloses(t *testing.T) {
+	asked, release := make(chan struct{}), make(chan struct{})
+	p := openQueued(t, func(c *calls) {
+		c.closing = func() { close(asked); <-release }
+	}, 0)
+	closed := make(chan error, 1)
+	go func() { closed <- p.Client.Close() }()
+	await(t, "the call of Close", asked)
+	if err := p.Client.Ping(t.Context()); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	if err := <-closed; err != nil {
+		t.Error(err)
 	}
 }
