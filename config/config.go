@@ -136,8 +136,9 @@ const (
 
 // Plugins says how backends run.
 type Plugins struct {
-	Mode string `koanf:"mode" default:"in-process" choices:"in-process,process" help:"Whether backends run within this process or each in a process of its own, for those that do not say; what is not linked in always runs in its own."`
-	Dir  string `koanf:"dir" default:"" help:"Folder of the plugins, which are programs named umbp-plugin-NAME; empty for the folder of umbp itself."`
+	Mode string        `koanf:"mode" default:"in-process" choices:"in-process,process" help:"Whether backends run within this process or each in a process of its own, for those that do not say; what is not linked in always runs in its own."`
+	Dir  string        `koanf:"dir" default:"" help:"Folder of the plugins, which are programs named umbp-plugin-NAME; empty for the folder of umbp itself."`
+	Look time.Duration `koanf:"look" default:"1ms" min:"1us" max:"100ms" help:"How long a plugin with nothing to do looks for the next transfer before it sleeps, as long as that pays: it keeps a processor busy, and spares the transfer the time to wake the plugin."`
 }
 
 // Backend is one backend that the process opens.

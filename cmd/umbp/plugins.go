@@ -44,7 +44,7 @@ func schemas() map[string][]backend.Option {
 // pluginSpec says where the plugin of a backend is, and how it is started. A plugin that the configuration names without
 // a slash is one in PATH.
 func pluginSpec(p config.Plugins, b config.Backend) (host.ProcessSpec, error) {
-	spec := host.ProcessSpec{Name: b.Name, Path: b.Plugin, SHA256: b.SHA256, Env: b.Env}
+	spec := host.ProcessSpec{Name: b.Name, Path: b.Plugin, SHA256: b.SHA256, Env: b.Env, Look: p.Look}
 	if spec.Path != "" {
 		return spec, nil
 	}

@@ -67,7 +67,9 @@ func TestDisable(t *testing.T) {
 		}
 		r.wait(otherEnded)
 	}
-	r.check(other, outcomes(backend.Done, 1), dispatch.Result{Backend: 1, Attempts: 2})
+	if got := other.Results[0]; got.Err != nil || got.Backend != 1 { // how often it tried the first depends on when that ended
+		t.Errorf("what may not connect by the first backend ended with %+v", got)
+	}
 
 	select {
 	case <-disabled:

@@ -39,6 +39,9 @@ type ProcessSpec struct {
 	Env []string
 	// Stream takes the plain data path even where the plugin knows a faster one.
 	Stream bool
+	// Look is how long the plugin looks for the next transfer before it sleeps, where that pays; zero for
+	// rpc.DefaultLook.
+	Look time.Duration
 	// Timing is for tests.
 	Timing Timing
 }

@@ -162,7 +162,7 @@ func (p *Process) launchPlugin(ctx context.Context) (*instance, error) {
 	}
 	client, err := rpc.Open(ctx, rpc.Options{
 		Name: p.spec.Name, Conn: conn, Passage: started.passage, Config: p.cfg, RawOptions: p.options,
-		CallTimeout: p.spec.Timing.Call, Stream: p.spec.Stream,
+		CallTimeout: p.spec.Timing.Call, Stream: p.spec.Stream, Look: p.spec.Look,
 	})
 	if err != nil {
 		started.stop(false)

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -40,7 +41,14 @@ type Options struct {
 	CallTimeout time.Duration
 	// Stream offers the plugin the plain data path only.
 	Stream bool
+	// Look is how long the plugin looks for the next transfer before it sleeps, when nothing is in flight and looking pays;
+	// DefaultLook when it is zero.
+	Look time.Duration
 }
+
+// DefaultLook spares a transfer that follows another within a millisecond the time to wake the plugin, which is as long
+// as a small transfer. A plugin that is used more rarely does not look.
+const DefaultLook = time.Millisecond
 
 // Client is the backend of a plugin, in the host. Its methods are those of backend.Backend, and what the supervisor of
 // the process needs: Ping, Broken, Err, Lost, InFlight.
@@ -157,7 +165,7 @@ func (c *Client) open(ctx context.Context, o Options) error {
 		c.spawn(p.receive)
 	}
 	if !transfers {
-		if err := c.attach(ctx); err != nil {
+		if err := c.attach(ctx, cmp.Or(o.Look, DefaultLook)); err != nil {
 			return err
 		}
 	}
@@ -177,7 +185,7 @@ const (
 )
 
 // attach makes the queues and hands them to the plugin.
-func (c *Client) attach(ctx context.Context) error {
+func (c *Client) attach(ctx context.Context, look time.Duration) error {
 	p, err := newQueuePath(c)
 	if err != nil {
 		return c.wrap(backend.Internal, "open", err)
@@ -187,7 +195,7 @@ func (c *Client) attach(ctx context.Context) error {
 	if err != nil {
 		return c.wrap(backend.PathDown, "open", err)
 	}
-	if _, err := call(ctx, c, "open", c.service.Attach, &backendpb.AttachRequest{Tag: tag}); err != nil {
+	if _, err := call(ctx, c, "open", c.service.Attach, &backendpb.AttachRequest{Tag: tag, LookNs: look.Nanoseconds()}); err != nil {
 		return err
 	}
 	c.spawn(p.receive)

@@ -336,13 +336,13 @@ func (s *Server) open(ctx context.Context, q *backendpb.OpenRequest) (*backendpb
 
 // Attach implements backendpb.BackendServer.
 func (v *service) Attach(ctx context.Context, q *backendpb.AttachRequest) (*backendpb.AttachReply, error) {
-	if err := v.server.attach(ctx, q.GetTag()); err != nil {
+	if err := v.server.attach(ctx, q.GetTag(), time.Duration(q.GetLookNs())); err != nil {
 		return &backendpb.AttachReply{Error: errorOut(err)}, nil
 	}
 	return &backendpb.AttachReply{}, nil
 }
 
-func (s *Server) attach(ctx context.Context, tag uint64) error {
+func (s *Server) attach(ctx context.Context, tag uint64, look time.Duration) error {
 	if _, err := s.opened(); err != nil {
 		return err
 	}
@@ -365,7 +365,10 @@ func (s *Server) attach(ctx context.Context, tag uint64) error {
 		s.queues = []*shm.Queue{submissions, completions}
 		s.submissions = submissions
 		s.replies = &queueReplies{sender{queue: completions, fail: s.hostGone}}
-		s.running.Go(func() { s.receive(submissions) })
+		if look <= 0 {
+			look = DefaultLook
+		}
+		s.running.Go(func() { s.receive(submissions, min(look, maxLook)) })
 	}
 	s.mu.Unlock()
 	if refused {

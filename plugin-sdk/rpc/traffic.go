@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"errors"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -13,11 +14,14 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/shm"
 )
 
-// receive posts what comes through the queue.
-func (s *Server) receive(submissions *shm.Queue) {
+// maxLook bounds what the host asks for.
+const maxLook = 100 * time.Millisecond
+
+// receive posts what comes through the queue. While nothing is in flight, it looks for so long for what comes next.
+func (s *Server) receive(submissions *shm.Queue, look time.Duration) {
 	var buf []byte
 	var room []backend.Segment
-	submissions.Expect(func() bool { return s.flying.Load() == 0 })
+	submissions.Expect(func() bool { return s.flying.Load() == 0 }, look)
 	for {
 		var err error
 		if buf, err = submissions.Receive(buf); errors.Is(err, shm.ErrClosed) {

@@ -64,8 +64,9 @@ type Queue struct {
 	doze     func(fd uintptr) bool // puts the receiver to sleep
 	closed   atomic.Bool
 
-	expects func() bool // see Expect; nil for always
-	looks   atomic.Bool // the receiver sleeps, and would look if it were woken
+	expects func() bool   // see Expect; nil for always
+	look    time.Duration // how long the receiver looks before it sleeps, where looking pays
+	looks   atomic.Bool   // the receiver sleeps, and would look if it were woken
 
 	sender struct {
 		mu    sync.Mutex
@@ -200,7 +201,7 @@ func open(memory, wake *os.File, size int) (*Queue, error) {
 }
 
 func openFiles(memory, wake *os.File, size int) (*Queue, error) {
-	q := &Queue{memory: memory, wake: wake}
+	q := &Queue{memory: memory, wake: wake, look: DefaultLook}
 	// What Go cannot poll it would read with a blocked thread, which Close cannot wake.
 	if err := wake.SetDeadline(time.Time{}); err != nil {
 		return nil, fmt.Errorf("%w: its eventfd cannot be polled: %w", ErrCorrupt, err)
@@ -342,9 +343,10 @@ func (q *Queue) ReceiveUntil(buf []byte, deadline time.Time) (record []byte, err
 	}
 }
 
-// Expect has the receiver ask, before it looks for a record instead of sleeping, whether one is likely to come soon.
-// Otherwise it looks whenever that has paid before. Expect is called before the first Receive.
-func (q *Queue) Expect(likely func() bool) { q.expects = likely }
+// Expect has the receiver ask, before it looks for a record instead of sleeping, whether one is likely to come, and look
+// for so long then. Otherwise it looks for DefaultLook whenever that has paid before. Expect is called before the first
+// Receive.
+func (q *Queue) Expect(likely func() bool, look time.Duration) { q.expects, q.look = likely, look }
 
 // Nudge says that a record is likely to come soon from now on. It wakes a receiver that sleeps, if looking has paid
 // before. It does not block, and any goroutine may call it.

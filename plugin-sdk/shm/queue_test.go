@@ -267,8 +267,8 @@ func TestQueueSleeps(t *testing.T) {
 
 func TestPace(t *testing.T) {
 	p := pace{wanted: minShort}
-	long, short := 10*shortSleep, shortSleep/2
-	nap := func(d time.Duration, n int) {
+	const long, short = 10 * shortSleep, shortSleep / 2.0
+	nap := func(d float64, n int) {
 		for range n {
 			p.slept(d)
 		}

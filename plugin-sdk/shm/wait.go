@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSpin is how long a receiver looks for the next record before it sleeps, while looking pays. It is a few times what
-// it takes to be woken, and enough for a small transfer to a host nearby and back.
-const maxSpin = 100 * time.Microsecond
+// DefaultLook is how long a receiver looks for the next record before it sleeps, while looking pays. It is a few times
+// what it takes to be woken, and enough for a small transfer to a host nearby and back.
+const DefaultLook = 100 * time.Microsecond
 
 // pace decides whether to look before sleeping. Looking saves both ends a system call and the time to be woken, and
 // costs a processor for as long as it lasts. So a receiver looks only as long as half of its looks find something.
@@ -26,7 +26,7 @@ const (
 	tryCredit  = 8 // of an attempt: the first looks make the scheduler find a processor for each end
 	minShort   = 4
 	maxShort   = 64
-	shortSleep = 3 * maxSpin // being woken is part of it
+	shortSleep = 3 // times as long as a look: being woken is part of it
 )
 
 func (p *pace) looks() bool { return p.credit > 0 }
@@ -45,9 +45,9 @@ func (p *pace) missed() {
 	}
 }
 
-// slept is told how long the receiver has slept without having looked.
-func (p *pace) slept(d time.Duration) {
-	if d > shortSleep {
+// slept is told how long the receiver has slept without having looked, in the time of a look.
+func (p *pace) slept(looks float64) {
+	if looks > shortSleep {
 		p.short = 0
 	} else if p.short++; p.short >= p.wanted {
 		p.credit = tryCredit
@@ -80,7 +80,7 @@ func (q *Queue) wait(deadline time.Time) bool {
 	q.looks.Store(false)
 	q.sleeping.Store(0)
 	if !looks {
-		r.pace.slept(time.Since(start))
+		r.pace.slept(float64(time.Since(start)) / float64(q.look))
 	}
 	return true
 }
@@ -88,7 +88,7 @@ func (q *Queue) wait(deadline time.Time) bool {
 // spin looks for a record for a while, and tells whether it may have found one.
 func (q *Queue) spin(start time.Time) bool {
 	taken := q.receiver.taken
-	for time.Since(start) < maxSpin {
+	for time.Since(start) < q.look {
 		for range 64 {
 			if q.sharedSent.Load() != taken {
 				return true

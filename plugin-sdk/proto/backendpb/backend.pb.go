@@ -717,8 +717,11 @@ func (x *Capabilities) GetSimulated() bool {
 // AttachRequest names the message on the descriptor socket that brings, in this order: the memory of the submission
 // queue, its eventfd, the memory of the completion queue, its eventfd.
 type AttachRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tag           uint64                 `protobuf:"varint,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Tag   uint64                 `protobuf:"varint,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	// How long the plugin may look for the next submission before it sleeps, when nothing is in flight and looking pays.
+	// Zero for the plugin's own idea.
+	LookNs        int64 `protobuf:"varint,2,opt,name=look_ns,json=lookNs,proto3" json:"look_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -756,6 +759,13 @@ func (*AttachRequest) Descriptor() ([]byte, []int) {
 func (x *AttachRequest) GetTag() uint64 {
 	if x != nil {
 		return x.Tag
+	}
+	return 0
+}
+
+func (x *AttachRequest) GetLookNs() int64 {
+	if x != nil {
+		return x.LookNs
 	}
 	return 0
 }
@@ -2837,9 +2847,10 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\x14limit_transfer_bytes\x18\b \x01(\x04R\x12limitTransferBytes\x12\x16\n" +
 	"\x06window\x18\t \x01(\rR\x06window\x12\x1c\n" +
 	"\tsimulated\x18\n" +
-	" \x01(\bR\tsimulated\"!\n" +
+	" \x01(\bR\tsimulated\":\n" +
 	"\rAttachRequest\x12\x10\n" +
-	"\x03tag\x18\x01 \x01(\x04R\x03tag\";\n" +
+	"\x03tag\x18\x01 \x01(\x04R\x03tag\x12\x17\n" +
+	"\alook_ns\x18\x02 \x01(\x03R\x06lookNs\";\n" +
 	"\vAttachReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\"\r\n" +
 	"\vPingRequest\"\v\n" +
