@@ -92,6 +92,16 @@ func CheckOptions(schema []Option, raw map[string]string) (Values, error) {
 	return v, nil
 }
 
+// Defaults returns the values of a schema where nothing is set. It panics where the schema does not allow its own
+// defaults.
+func Defaults(schema []Option) Values {
+	v, err := CheckOptions(schema, nil)
+	if err != nil {
+		panic(fmt.Sprintf("backend: the schema does not allow its own defaults: %v", err))
+	}
+	return v
+}
+
 func (o Option) parse(text string) (any, error) {
 	switch o.Type {
 	case StringOption:

@@ -213,3 +213,16 @@ func TestDidYouMean(t *testing.T) {
 		t.Errorf("DidYouMean without known words = %q", got)
 	}
 }
+
+func TestDefaults(t *testing.T) {
+	v := backend.Defaults([]backend.Option{{Name: "window", Type: backend.IntOption, Default: "7", Max: "9"}})
+	if n := v.Int("window"); n != 7 {
+		t.Errorf("the default of window is %d, want 7", n)
+	}
+	defer func() {
+		if text, _ := recover().(string); !strings.Contains(text, "window") {
+			t.Errorf("a default out of its bounds ends with %q, want a panic that names it", text)
+		}
+	}()
+	backend.Defaults([]backend.Option{{Name: "window", Type: backend.IntOption, Default: "10", Max: "9"}})
+}

@@ -36,6 +36,9 @@ func info(r *rig) {
 	if c.Limits.Segments < 0 {
 		r.Errorf("Limits.Segments is negative")
 	}
+	if f := r.h.Factory; f.Info != nil && len(r.h.Options) == 0 && r.h.Process == nil && !reflect.DeepEqual(i, *f.Info) {
+		r.Errorf("Info is %+v, and Factory.Info says %+v", i, *f.Info)
+	}
 	if !reflect.DeepEqual(i, b.Info()) {
 		r.Errorf("Info has changed after Open")
 	}

@@ -27,6 +27,7 @@ var hello = []byte("umbp null backend")
 // Factory opens the backend.
 var Factory = backend.Factory{
 	Name: Name,
+	Info: &info,
 	Open: func(context.Context, backend.Config) (backend.Backend, error) {
 		return &null{sizes: map[backend.RegionID]uint64{}, endpoints: map[*endpoint]struct{}{}}, nil
 	},
@@ -34,6 +35,11 @@ var Factory = backend.Factory{
 
 // window is what is claimed; a transfer leaves it before the next one can come.
 const window = 1 << 15
+
+var info = backend.Info{Name: Name, Version: "1 (moves no bytes)", Capabilities: backend.Capabilities{
+	Ops: backend.Write | backend.Read, Local: kinds, Remote: kinds, Reach: backend.Network,
+	Window: window, Simulated: true,
+}}
 
 type null struct {
 	mu        sync.Mutex
@@ -47,12 +53,7 @@ func refuse(code backend.Code, op string, peer backend.Peer, text string) *backe
 }
 
 // Info implements backend.Backend.
-func (b *null) Info() backend.Info {
-	return backend.Info{Name: Name, Version: "1 (moves no bytes)", Capabilities: backend.Capabilities{
-		Ops: backend.Write | backend.Read, Local: kinds, Remote: kinds, Reach: backend.Network,
-		Window: window, Simulated: true,
-	}}
-}
+func (b *null) Info() backend.Info { return info }
 
 // Register implements backend.Backend. No peer needs a key. Memory that the processor cannot address has a size
 // that is not known here, and counts as unbounded.

@@ -29,7 +29,7 @@ type instanceID [16]byte
 type instance struct {
 	self   backend.Peer
 	id     instanceID
-	window int
+	info   backend.Info
 	inline uint64 // bytes
 	log    backend.Logger
 
@@ -57,7 +57,7 @@ func open(cfg backend.Config) (*instance, error) {
 	}
 	i := &instance{
 		self:      cfg.Self,
-		window:    cfg.Options.Int("window"),
+		info:      info(cfg.Options),
 		inline:    cfg.Options.Size("inline_bytes"),
 		log:       cfg.Log,
 		regions:   make(map[backend.RegionID]*region),
@@ -93,22 +93,7 @@ func open(cfg backend.Config) (*instance, error) {
 var instances sync.Map
 
 // Info implements backend.Backend.
-func (i *instance) Info() backend.Info {
-	host := backend.Kinds(backend.HostMemory)
-	return backend.Info{
-		Name:    name,
-		Version: version,
-		Capabilities: backend.Capabilities{
-			Ops:     backend.Write | backend.Read,
-			Local:   host,
-			Remote:  host,
-			Reach:   backend.SameHost,
-			NeedsFD: true,
-			Limits:  backend.Limits{Segments: maxSegments},
-			Window:  i.window,
-		},
-	}
-}
+func (i *instance) Info() backend.Info { return i.info }
 
 // Fence implements backend.Backend. It breaks every endpoint that the peer has to this instance.
 func (i *instance) Fence(ctx context.Context, peer backend.Peer) error {

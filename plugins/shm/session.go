@@ -105,7 +105,7 @@ func (s *session) admit(op backend.Op, cookie uint64) (*transfer, error) {
 		return nil, e.err
 	case s.closed:
 		return nil, &backend.Error{Code: backend.BadRequest, Op: "post", Backend: name, Peer: e.peer, Text: "the session is closed"}
-	case e.accepted == e.instance.window:
+	case e.accepted == e.instance.info.Capabilities.Window:
 		return nil, backend.ErrBusy
 	}
 	t := e.reuse()

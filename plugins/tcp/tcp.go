@@ -17,7 +17,7 @@ import (
 const name = "tcp"
 
 // Factory opens the backend.
-var Factory = backend.Factory{Name: name, Options: options, Open: open}
+var Factory = backend.Factory{Name: name, Info: new(info(backend.Defaults(options))), Options: options, Open: open}
 
 // transport is the backend: the initiator of its endpoints, and the target of the connections it serves.
 type transport struct {
@@ -40,10 +40,27 @@ type transport struct {
 	endpoints map[*endpoint]struct{}
 }
 
+// info is what the backend is with these options.
+func info(v backend.Values) backend.Info {
+	return backend.Info{
+		Name:    name,
+		Version: "1.0.0",
+		Capabilities: backend.Capabilities{
+			Ops:    backend.Write | backend.Read,
+			Local:  backend.Kinds(backend.HostMemory),
+			Remote: backend.Kinds(backend.HostMemory),
+			Reach:  backend.Network,
+			Limits: backend.Limits{Segments: maxSegments, SegmentBytes: maxTransfer, TransferBytes: maxTransfer},
+			Window: readSettings(v).window,
+		},
+	}
+}
+
 func open(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 	t := &transport{
 		self:      cfg.Self,
 		settings:  readSettings(cfg.Options),
+		info:      info(cfg.Options),
 		log:       cfg.Log,
 		posted:    cfg.Posted,
 		quiet:     make(chan struct{}),
@@ -54,18 +71,6 @@ func open(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 	}
 	if err := checkPeer(t.self); err != nil {
 		return nil, fault("open", backend.Peer{}, err)
-	}
-	t.info = backend.Info{
-		Name:    name,
-		Version: "1.0.0",
-		Capabilities: backend.Capabilities{
-			Ops:    backend.Write | backend.Read,
-			Local:  backend.Kinds(backend.HostMemory),
-			Remote: backend.Kinds(backend.HostMemory),
-			Reach:  backend.Network,
-			Limits: backend.Limits{Segments: maxSegments, SegmentBytes: maxTransfer, TransferBytes: maxTransfer},
-			Window: t.settings.window,
-		},
 	}
 	if cfg.Credentials != nil {
 		var err error
