@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -43,10 +44,9 @@ type Engine struct {
 	// operating is held by the one who enables or disables a backend.
 	operating chan struct{}
 
-	mu       sync.Mutex
-	peers    map[backend.Peer][]*Answerer // those added, and not removed
-	disabled []bool                       // by backend
-	keys     sync.Mutex                   // orders the keys that backends give, first and later
+	mu    sync.Mutex
+	peers map[backend.Peer][]*Answerer // those added, and not removed
+	keys  sync.Mutex                   // orders the keys that backends give, first and later
 }
 
 // Answerer carries a backend's offer to the peer that it stands for. Every peer.Service is one.
@@ -72,10 +72,9 @@ func NewEngine(ctx context.Context, opts EngineOptions) (*Engine, error) {
 		peers:     make(map[backend.Peer][]*Answerer),
 		log:       opts.Log,
 		operating: make(chan struct{}, 1),
-		disabled:  make([]bool, len(opts.Backends)),
 	}
 	if e.log == nil {
-		e.log = silent{}
+		e.log = slog.New(slog.DiscardHandler)
 	}
 	var err error
 	e.backends, err = host.Open(ctx, backend.Config{
@@ -254,7 +253,7 @@ func (e *Engine) Answer(ctx context.Context, from backend.Peer, backendName stri
 	switch {
 	case i < 0 || e.backends[i].Backend == nil:
 		return refuse(backend.Unsupported, "this process has no such backend")
-	case e.isDisabled(i): // the peer takes another way, where its policy allows one, and tries again later
+	case !e.selector.Enabled(i): // the peer takes another way, where its policy allows one, and tries again later
 		return refuse(backend.PathDown, selector.Disabled)
 	}
 	answer, err := e.backends[i].Backend.Answer(ctx, from, offer)
@@ -350,11 +349,3 @@ func (e *Engine) Close() error {
 	e.dispatcher.Close()
 	return host.Close(e.backends)
 }
-
-// silent is the logger of an engine that has none.
-type silent struct{}
-
-func (silent) Debug(string, ...any) {}
-func (silent) Info(string, ...any)  {}
-func (silent) Warn(string, ...any)  {}
-func (silent) Error(string, ...any) {}

@@ -25,7 +25,7 @@ func (e *Engine) BackendStates() []BackendState {
 	states := make([]BackendState, len(e.backends))
 	for i := range e.backends {
 		states[i] = stateOf(&e.backends[i])
-		states[i].Disabled = e.isDisabled(i)
+		states[i].Disabled = !e.selector.Enabled(i)
 	}
 	return states
 }
@@ -83,9 +83,6 @@ func (e *Engine) SetBackendEnabled(ctx context.Context, name string, enabled boo
 	case <-ctx.Done():
 		return ended(ctx)
 	}
-	e.mu.Lock()
-	e.disabled[i] = !enabled
-	e.mu.Unlock()
 	if enabled {
 		e.dispatcher.Enable(i)
 		e.selector.SetEnabled(i, true)
@@ -96,12 +93,6 @@ func (e *Engine) SetBackendEnabled(ctx context.Context, name string, enabled boo
 	defer cancel()
 	e.dispatcher.Disable(draining, i)
 	return nil
-}
-
-func (e *Engine) isDisabled(i int) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.disabled[i]
 }
 
 func (e *Engine) unknownBackend(name string) error {

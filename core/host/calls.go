@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -52,7 +53,7 @@ type calls struct {
 
 func newCalls(name string, log backend.Logger) *calls {
 	if log == nil {
-		log = silent{}
+		log = slog.New(slog.DiscardHandler)
 	}
 	c := &calls{backend: name, log: log}
 	for op, name := range [ops]string{"register", "deregister", "offer", "answer", "establish", "session", "fence"} {

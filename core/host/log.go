@@ -6,14 +6,6 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
-// silent is the log of a host that has none.
-type silent struct{}
-
-func (silent) Debug(string, ...any) {}
-func (silent) Info(string, ...any)  {}
-func (silent) Warn(string, ...any)  {}
-func (silent) Error(string, ...any) {}
-
 // pluginLog is what go-plugin logs to. Go-plugin hands it the lines of the plugin's log by a logger that it names after
 // the plugin's file: they go to the host's log, each at its level and with its fields. What go-plugin has to say itself
 // is for those who look for a defect: the host reports starts and ends in its own words.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -137,7 +138,7 @@ func newProcess(spec ProcessSpec, cfg backend.Config, keysChanged func(backend.R
 		regions: make(map[backend.RegionID]*kept),
 	}
 	if p.log == nil {
-		p.log = silent{}
+		p.log = slog.New(slog.DiscardHandler)
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	return p

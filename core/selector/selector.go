@@ -182,6 +182,13 @@ func (s *Selector) SetEnabled(b int, enabled bool) {
 	s.dropCache()
 }
 
+// Enabled tells whether the backend of that number may be chosen.
+func (s *Selector) Enabled(b int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.disabled[b]
+}
+
 // SelectBackend implements the interface SelectBackend.
 func (s *Selector) SelectBackend(q Query) *Choice {
 	snap := s.cache.Load()

@@ -24,7 +24,7 @@
 //	target       Backend.Answer(peer, offer)             → answer bytes          (the hosts carry the bytes)
 //	initiator    Handshake.Establish(answer)             → Endpoint
 //	initiator    Endpoint.Session(local, remote, sink)   → Session
-//	initiator    Session.Post(transfer)                  → nil, or ErrBusy, or a refusal
+//	initiator    Session.Post(transfer)                  → nil, or ErrBusy, or a refusal; or PostWait, where there is one
 //	initiator    sink.Complete(completion)                 exactly once for each accepted Post
 //	initiator    Session.Close, Endpoint.Close
 //	target       Backend.Fence(peer)                       before pages that the peer may write are used again

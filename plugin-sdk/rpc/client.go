@@ -1,7 +1,6 @@
 package rpc
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -42,13 +41,9 @@ type Options struct {
 	// Stream offers the plugin the plain data path only.
 	Stream bool
 	// Look is how long the plugin looks for the next transfer before it sleeps, when nothing is in flight and looking pays;
-	// DefaultLook when it is zero.
+	// zero for the plugin's own idea, which is DefaultLook where it is served by a Server.
 	Look time.Duration
 }
-
-// DefaultLook spares a transfer that follows another within a millisecond the time to wake the plugin, which is as long
-// as a small transfer. A plugin that is used more rarely does not look.
-const DefaultLook = time.Millisecond
 
 // Client is the backend of a plugin, in the host. Its methods are those of backend.Backend, and what the supervisor of
 // the process needs: Ping, Broken, Err, Lost, InFlight.
@@ -165,7 +160,7 @@ func (c *Client) open(ctx context.Context, o Options) error {
 		c.spawn(p.receive)
 	}
 	if !transfers {
-		if err := c.attach(ctx, cmp.Or(o.Look, DefaultLook)); err != nil {
+		if err := c.attach(ctx, o.Look); err != nil {
 			return err
 		}
 	}

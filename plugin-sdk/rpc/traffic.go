@@ -14,6 +14,10 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/shm"
 )
 
+// DefaultLook spares a transfer that follows another within a millisecond the time to wake the plugin, which is as long
+// as a small transfer. A plugin that is used more rarely does not look.
+const DefaultLook = time.Millisecond
+
 // maxLook bounds what the host asks for.
 const maxLook = 100 * time.Millisecond
 

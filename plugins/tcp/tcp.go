@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"log/slog"
 	"net"
 	"sync"
 	"syscall"
@@ -17,7 +18,7 @@ import (
 const name = "tcp"
 
 // Factory opens the backend.
-var Factory = backend.Factory{Name: name, Info: new(info(backend.Defaults(options))), Options: options, Open: open}
+var Factory = backend.Factory{Name: name, Info: new(info(readSettings(backend.Defaults(options)))), Options: options, Open: open}
 
 // transport is the backend: the initiator of its endpoints, and the target of the connections it serves.
 type transport struct {
@@ -40,8 +41,8 @@ type transport struct {
 	endpoints map[*endpoint]struct{}
 }
 
-// info is what the backend is with these options.
-func info(v backend.Values) backend.Info {
+// info is what the backend is with these settings.
+func info(s settings) backend.Info {
 	return backend.Info{
 		Name:    name,
 		Version: "1.0.0",
@@ -51,23 +52,24 @@ func info(v backend.Values) backend.Info {
 			Remote: backend.Kinds(backend.HostMemory),
 			Reach:  backend.Network,
 			Limits: backend.Limits{Segments: maxSegments, SegmentBytes: maxTransfer, TransferBytes: maxTransfer},
-			Window: readSettings(v).window,
+			Window: s.window,
 		},
 	}
 }
 
 func open(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
+	settings := readSettings(cfg.Options)
 	t := &transport{
 		self:      cfg.Self,
-		settings:  readSettings(cfg.Options),
-		info:      info(cfg.Options),
+		settings:  settings,
+		info:      info(settings),
 		log:       cfg.Log,
 		posted:    cfg.Posted,
 		quiet:     make(chan struct{}),
 		endpoints: make(map[*endpoint]struct{}),
 	}
 	if t.log == nil {
-		t.log = silent{}
+		t.log = slog.New(slog.DiscardHandler)
 	}
 	if err := checkPeer(t.self); err != nil {
 		return nil, fault("open", backend.Peer{}, err)
@@ -280,11 +282,3 @@ func (s *settings) tune(conn *net.TCPConn) error {
 		Enable: true, Idle: s.keepAlive, Interval: max(s.keepAlive/3, time.Second), Count: 3,
 	}))
 }
-
-// silent drops what is logged.
-type silent struct{}
-
-func (silent) Debug(string, ...any) {}
-func (silent) Info(string, ...any)  {}
-func (silent) Warn(string, ...any)  {}
-func (silent) Error(string, ...any) {}
