@@ -564,6 +564,7 @@ func TestRemoveDuringPublication(t *testing.T) {
 			}
 		}
 		w.start()
+		synctest.Wait() // until the first refill is over: it would publish the key a second time
 		w.put(1, "k")
 		w.listed()
 		if got := w.stats(); got.FreePages != 10 {
