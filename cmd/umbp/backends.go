@@ -209,14 +209,25 @@ func (a *app) listBackends(cmd *cobra.Command, list []backendRow) error {
 	if a.json {
 		return printJSON(cmd.OutOrStdout(), list)
 	}
+	header := []string{"BACKEND", "STATE", "MODE", "PID", "RESTARTS", "OPS", "MEMORY", "REACH", "WINDOW"}
 	var rows [][]string
+	reasons := false
 	for _, r := range list {
+		state, reason := r.state()
+		reasons = reasons || reason != ""
 		rows = append(rows, []string{
-			r.Name, r.state(), r.Mode, number(r.PID), number(r.Restarts),
-			strings.Join(r.Ops, ","), strings.Join(r.Remote, ","), r.Reach, number(r.Window),
+			r.Name, state, r.Mode, number(r.PID), number(r.Restarts),
+			strings.Join(r.Ops, ","), strings.Join(r.Remote, ","), r.Reach, number(r.Window), oneLine(reason),
 		})
 	}
-	return printTable(cmd.OutOrStdout(), []string{"BACKEND", "STATE", "MODE", "PID", "RESTARTS", "OPS", "MEMORY", "REACH", "WINDOW"}, rows)
+	if reasons { // in the last column, since they are wider than any screen
+		header = append(header, "REASON")
+	} else {
+		for i := range rows {
+			rows[i] = rows[i][:len(header)]
+		}
+	}
+	return printTable(cmd.OutOrStdout(), header, rows)
 }
 
 // number leaves the place of a zero empty.
@@ -229,21 +240,22 @@ func number(n int) string {
 
 // state says in words whether the backend can be used, and why not. The reason is cut to its first line: the rest is
 // what a plugin wrote before it died.
-func (r *backendRow) state() string {
-	reason, _, _ := strings.Cut(r.Reason, "\n")
-	state := "available"
+func (r *backendRow) state() (state, reason string) {
+	reason, _, _ = strings.Cut(r.Reason, "\n")
 	switch {
 	case !r.Available:
-		return "unavailable: " + reason
+		return "unavailable", reason
 	case r.Phase != "" && r.Phase != string(host.Running):
-		state = r.Phase + ": " + reason
+		state = r.Phase
 	case r.Simulated:
-		state += " (simulated)"
+		state, reason = "available (simulated)", ""
+	default:
+		state, reason = "available", ""
 	}
 	if r.Disabled {
 		state = "disabled; " + state
 	}
-	return state
+	return state, reason
 }
 
 func (a *app) showBackend(cmd *cobra.Command, r backendRow) error {
@@ -251,11 +263,15 @@ func (a *app) showBackend(cmd *cobra.Command, r backendRow) error {
 		return printJSON(cmd.OutOrStdout(), r)
 	}
 	out := cmd.OutOrStdout()
+	state, reason := r.state()
+	if reason != "" {
+		state += ": " + reason
+	}
 	if r.Available {
 		fmt.Fprintf(out, "%s %s: %s; %s; reach: %s; %d transfers in flight to one peer\n",
-			r.Name, r.Version, r.state(), strings.Join(r.Ops, " and "), r.Reach, r.Window)
+			r.Name, r.Version, state, strings.Join(r.Ops, " and "), r.Reach, r.Window)
 	} else {
-		fmt.Fprintf(out, "%s: %s\n", r.Name, r.state())
+		fmt.Fprintf(out, "%s: %s\n", r.Name, state)
 	}
 	if r.Phase != "" {
 		fmt.Fprintf(out, "%s, process %d, since %s; restarted %d times\n", r.Phase, r.PID, r.Since.Format(time.RFC3339), r.Restarts)

@@ -17,8 +17,6 @@ import (
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/null"
-	"github.com/umbp/umbp/plugins/shm"
-	"github.com/umbp/umbp/plugins/tcp"
 )
 
 // The plans.
@@ -53,16 +51,27 @@ type benchRow struct {
 	VerifyMs   float64 `json:"verify_ms"`
 	StagingMs  float64 `json:"staging_ms"`
 
-	GiBs          float64 `json:"gib_s"`
-	Transfers     uint64  `json:"transfers"`
-	Segments      uint64  `json:"segments"`
-	Completions   uint64  `json:"completions"`
+	GiBs      float64 `json:"gib_s"`
+	Transfers uint64  `json:"transfers"`
+	Segments  uint64  `json:"segments"`
+	// How many transfers the backends have answered.
+	TransferCompletions uint64 `json:"transfer_completions"`
+	// What the backend counts by itself, in one call: zero for a backend that does not. One that does not count
+	// completions has one for each transfer.
+	WorkRequests uint64 `json:"work_requests"`
+	SGEs         uint64 `json:"sges"`
+	Posts        uint64 `json:"posts"`
+	Completions  uint64 `json:"completions"`
+	CgoCalls     uint64 `json:"cgo_calls"` // of all ends, where they share a library
+
 	AllocsPerPage float64 `json:"allocs_per_page"`
 	Verified      uint64  `json:"verified"` // bytes compared after the run
 
 	Verify    string         `json:"verify"`
 	Simulated bool           `json:"simulated"` // the backend moves no bytes
 	Carried   map[string]int `json:"carried"`   // items of a call, by the backend that moved them
+	// The options that the backend was given.
+	Options map[string]string `json:"options,omitempty"`
 	// What the wall is with checksums; for the grouped plan, measured in the same run with verify off.
 	WallMsVerifySample float64 `json:"wall_ms_verify_sample,omitempty"`
 	WallMsVerifyAll    float64 `json:"wall_ms_verify_all,omitempty"`
@@ -76,6 +85,7 @@ type benchFlags struct {
 	batches, itemPages, pageBytes []int
 	iters, peers                  int
 	verify                        string
+	options                       map[string]string
 }
 
 func (a *app) benchCommand() *cobra.Command {
@@ -109,12 +119,17 @@ Plans take turns, call by call, on the same cluster:
   per-page    one transfer for each page; each selects its backend and looks up its session
   grouped     one transfer for each pair of regions
 
-Backends: null moves no bytes, and shows what a batch costs the caller; shm; tcp, over loopback; auto, as the
-default policy chooses. The memory of the own process is reached over shm under shm, tcp and auto.
+Backends: null moves no bytes, and shows what a batch costs the caller; auto chooses as the default policy
+does; any other is measured alone: shm, tcp over loopback, and whatever else is linked in or has a plugin.
+rdma-simulated is rdma over devices that take work requests and move no bytes: it shows what the backend itself
+costs. The memory of the own process is reached over shm, but under null.
 
 Modes take turns, too, each on a cluster of its own:
   in-process  the backends are linked in
   process     every end runs its backends as processes, from the plugins beside umbp or in --plugins.dir
+
+A backend that counts has these counts of the caller's end in its rows: work requests, SGEs, posts, completions
+of the device, and calls of C. Otherwise completions are those of transfers.
 
 After each run the bytes of the last calls are compared. Flags that say "list" take several values, separated by
 commas; every combination is run.`, op),
@@ -131,7 +146,8 @@ commas; every combination is run.`, op),
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.scenarios, "scenario", []string{allZeroCopy}, "`list` of all_zc, mixed, all_stg, multi_peer")
 	flags.StringSliceVar(&f.plans, "plan", []string{perPage, grouped}, "`list` of per-page, grouped")
-	flags.StringSliceVar(&f.backends, "backend", []string{null.Name}, "`list` of null, shm, tcp, auto")
+	flags.StringSliceVar(&f.backends, "backend", []string{null.Name}, "`list` of "+strings.Join(benchBackends(), ", ")+", and, with --mode process, others")
+	flags.StringToStringVar(&f.options, "backend-option", nil, "`option=value` of the measured backends; may be given more than once")
 	flags.StringSliceVar(&f.modes, "mode", []string{config.InProcess}, "`list` of in-process, process")
 	config.AddFlags(flags, "plugins.dir")
 	flags.IntSliceVar(&f.batches, "batch", []int{256}, "`list` of values in one call")
@@ -197,16 +213,33 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 	var f benchFaults
 	f.words("scenario", b.scenarios, allZeroCopy, mixed, allStaged, multiPeer)
 	f.words("plan", b.plans, perPage, grouped)
-	f.words("backend", b.backends, null.Name, shm.Factory.Name, tcp.Factory.Name, "auto")
+	known := benchBackends()
+	if slices.Equal(b.modes, []string{config.AsProcess}) {
+		known = append(known, b.backends...) // opening tells whether there is a plugin
+	}
+	f.words("backend", b.backends, known...)
+	if slices.ContainsFunc(b.backends, func(name string) bool { return !slices.Contains(known, name) }) {
+		f.addf("a backend that is not linked in is measured with --mode process only")
+	}
 	f.words("mode", b.modes, config.InProcess, config.AsProcess)
+	for _, name := range b.backends {
+		if simulations[name] != nil && slices.Contains(b.modes, config.AsProcess) {
+			f.addf("--backend %s is linked in only: leave out --mode process", name)
+		}
+		if name == autoBackend && len(b.options) > 0 {
+			f.addf("--backend-option says nothing to --backend auto: name the backend")
+		}
+	}
 	f.words("verify", []string{b.verify}, "off", "sample", "all")
 	f.numbers("batch", maxBenchBatch, b.batches...)
 	f.numbers("per-item-pages", maxBenchPages, b.itemPages...)
 	f.numbers("page-bytes", maxBenchPage, b.pageBytes...)
 	f.numbers("iters", maxBenchIters, b.iters)
 	f.numbers("peers", maxBenchPeers, b.peers)
-	if op == benchGet && b.verify != "off" && slices.Contains(b.backends, null.Name) {
-		f.addf("--verify must be off for a batch-get over null, which moves no bytes to verify")
+	for _, name := range b.backends {
+		if c := (benchCase{backend: name}); op == benchGet && b.verify != "off" && c.simulated() {
+			f.addf("--verify must be off for a batch-get over %s, which moves no bytes to verify", name)
+		}
 	}
 	if err := f.err(); err != nil {
 		return nil, err
@@ -219,7 +252,7 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 					for _, size := range b.pageBytes {
 						c := benchCase{
 							op: op, scenario: scenario, backend: name, batch: batch, itemPages: pages, pageBytes: uint64(size),
-							peers: b.peers, plugins: b.plugins,
+							peers: b.peers, plugins: b.plugins, options: b.options,
 						}
 						if c.batchBytes() > maxBenchBytes {
 							f.addf("%s: a batch of more than %s", &c, humanSize(maxBenchBytes))
@@ -231,6 +264,13 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 		}
 	}
 	return cases, f.err()
+}
+
+// benchBackends names the backends that can be measured in this process.
+func benchBackends() []string {
+	names := append([]string{null.Name}, factoryNames()...)
+	names = append(names, slices.Sorted(maps.Keys(simulations))...)
+	return append(names, autoBackend)
 }
 
 func (a *app) benchBatches(cmd *cobra.Command, cases []benchCase, f *benchFlags) error {
@@ -311,6 +351,12 @@ func newBenchRow(t turn, samples []sample) benchRow {
 	count := func(part func(s *sample) uint64) uint64 {
 		return uint64(median(samples, func(s *sample) float64 { return float64(part(s)) }))
 	}
+	own := func(name string) uint64 { return count(func(s *sample) uint64 { return s.counts[name] }) }
+	completed := count(func(s *sample) uint64 { return s.completed })
+	completions := completed
+	if _, counts := samples[0].counts["completions"]; counts {
+		completions = own("completions")
+	}
 	wall := func(s *sample) time.Duration { return s.wall }
 	byWall := func(x, y sample) int { return cmp.Compare(x.wall, y.wall) }
 	shortest, longest := slices.MinFunc(samples, byWall), slices.MaxFunc(samples, byWall)
@@ -326,9 +372,11 @@ func newBenchRow(t turn, samples []sample) benchRow {
 		StagingMs:  of(func(s *sample) time.Duration { return s.staging }),
 		GiBs:       float64(c.batchBytes()) / (1 << 30) / of(wall) * 1000,
 		Transfers:  count(func(s *sample) uint64 { return s.transfers }), Segments: count(func(s *sample) uint64 { return s.segments }),
-		Completions:   count(func(s *sample) uint64 { return s.completions }),
+		TransferCompletions: completed, Completions: completions, WorkRequests: own("work_requests"), SGEs: own("sges"),
+		Posts: own("posts"), CgoCalls: own("cgo_calls"),
 		AllocsPerPage: float64(samples[0].allocs) / float64(c.pages()),
 		Verified:      verified, Verify: t.verify, Simulated: c.simulated(), Carried: samples[0].carried,
+		Options: c.options,
 	}
 }
 
@@ -348,7 +396,7 @@ func median[T any](list []T, f func(*T) float64) float64 {
 func printBench(w io.Writer, c *benchCase, rows []benchRow) {
 	note := ""
 	if c.simulated() {
-		note = " (simulated: null moves no bytes)"
+		note = fmt.Sprintf(" (simulated: %s moves no bytes)", c.backend)
 	}
 	fmt.Fprintf(w, "%s = %s a call%s; %d calls, verify %s, times in ms\n",
 		c, humanSize(c.batchBytes()), note, rows[0].Iters, rows[0].Verify)
@@ -390,6 +438,14 @@ func printPlans(w io.Writer, c *benchCase, mode string, rows []benchRow) {
 	for _, r := range []*benchRow{before, after} {
 		if r != nil && r.StagingMs > 0 {
 			say("%s: copying through the staging memory takes %.3f of it", r.Plan, r.StagingMs)
+		}
+		if r != nil && r.WorkRequests > 0 {
+			each := "" // only where the time is not that of copies on the host
+			if r.StagingMs == 0 && len(r.Carried) == 1 {
+				each = fmt.Sprintf("; %.0f ns a work request, of the wall without control", (r.WallMs-r.ControlMs)*1e6/float64(r.WorkRequests))
+			}
+			say("%s: %d work requests with %d SGEs in %d posts, %d completions, %d calls of C%s",
+				r.Plan, r.WorkRequests, r.SGEs, r.Posts, r.Completions, r.CgoCalls, each)
 		}
 	}
 	if before != nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -31,7 +32,7 @@ type benchCase struct {
 	batch, itemPages      int
 	pageBytes             uint64
 	peers                 int
-	tcpConnections        int // 0 leaves it to the backend
+	options               map[string]string // of the backend that is measured
 }
 
 // The operations and scenarios.
@@ -48,7 +49,11 @@ const (
 func (c *benchCase) itemBytes() uint64  { return uint64(c.itemPages) * c.pageBytes }
 func (c *benchCase) batchBytes() uint64 { return uint64(c.batch) * c.itemBytes() }
 func (c *benchCase) pages() int         { return c.batch * c.itemPages }
-func (c *benchCase) simulated() bool    { return c.backend == null.Name }
+
+// simulated tells whether the backend moves no bytes.
+func (c *benchCase) simulated() bool {
+	return c.backend == null.Name || simulations[c.backend] != nil
+}
 
 func (c *benchCase) targets() int {
 	if c.scenario == multiPeer {
@@ -69,6 +74,9 @@ func (c *benchCase) in(mode string) benchCase {
 	return other
 }
 
+// autoBackend stands for the backends of the default policy.
+const autoBackend = "auto"
+
 // headroom is how many batches fit into the pool of a target.
 const headroom = 4
 
@@ -76,6 +84,8 @@ const headroom = 4
 // bytes go over the backends.
 type benchCluster struct {
 	benchCase
+	factories []backend.Factory // of every end; what is measured comes last
+	still     func()            // called after each call: since the first one everything is connected
 	directory *directory.Memory
 	nodes     []*core.Node
 	caller    *core.Engine
@@ -95,6 +105,7 @@ func openBench(ctx context.Context, c benchCase, plans []string) (_ *benchCluste
 		benchCase: c, directory: directory.NewMemory(directory.Options{}), clients: make(map[string]*core.PoolClient),
 		items: make([]core.Item, c.batch),
 	}
+	b.factories, b.still = c.factories()
 	b.closers = append(b.closers, b.directory.Close)
 	defer func() {
 		if err != nil {
@@ -136,26 +147,52 @@ func (b *benchCluster) Close() error {
 	return errors.Join(errs...)
 }
 
-func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*core.Engine, error) {
-	tcpOptions := map[string]string{"listen": listen}
-	if b.tcpConnections > 0 {
-		tcpOptions["connections"] = fmt.Sprint(b.tcpConnections)
+// factories returns the backends of each end, and the still of benchCluster. A backend that is not linked in has no more
+// than a name, and runs as a process.
+func (c *benchCase) factories() (list []backend.Factory, still func()) {
+	still = func() {}
+	switch c.backend {
+	case null.Name:
+		return []backend.Factory{null.Factory}, still
+	case autoBackend:
+		return []backend.Factory{shm.Factory, tcp.Factory}, still
+	case shm.Factory.Name:
+		return []backend.Factory{shm.Factory}, still
 	}
-	factories := []backend.Factory{shm.Factory, tcp.Factory}
-	options := map[string]map[string]string{tcp.Factory.Name: tcpOptions}
+	f := linked(c.backend)
+	f.Name = c.backend
+	if simulate := simulations[c.backend]; simulate != nil {
+		s := simulate()
+		f, still = s.factory, s.still
+	}
+	if c.scenario == mixed { // the one where something is in the caller's own memory
+		list = append(list, shm.Factory)
+	}
+	return append(list, f), still
+}
+
+func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*core.Engine, error) {
 	rules := []selector.Rule{{Require: []string{b.backend}}}
 	within := true
 	switch b.backend {
 	case null.Name:
-		factories = []backend.Factory{null.Factory}
-	case "auto":
+	case autoBackend:
 		rules = []selector.Rule{{Prefer: []string{shm.Factory.Name}, Allow: []string{tcp.Factory.Name}}}
 	default:
-		rules = append([]selector.Rule{{Match: selector.Match{SameNode: &within}, Require: []string{shm.Factory.Name}}}, rules...)
+		if b.scenario == mixed {
+			rules = append([]selector.Rule{{Match: selector.Match{SameNode: &within}, Require: []string{shm.Factory.Name}}}, rules...)
+		}
 	}
 	var specs []host.Spec
-	for _, f := range factories {
-		spec, err := backendSpec(f, b.mode, b.plugins, config.Backend{Name: f.Name, Options: options[f.Name]})
+	for _, f := range b.factories {
+		options := map[string]string{}
+		if f.Name == b.backend {
+			options = maps.Clone(b.options)
+		}
+		if f.Name == tcp.Factory.Name {
+			options = withOption(options, "listen", listen)
+		}
+		spec, err := backendSpec(f, b.mode, b.plugins, config.Backend{Name: f.Name, Options: options})
 		if err != nil {
 			return nil, err
 		}
@@ -289,8 +326,9 @@ type turn struct {
 type sample struct {
 	wall, control, plan, dispatch, move, verify, staging time.Duration
 
-	transfers, segments, completions, allocs uint64
-	carried                                  map[string]int // items by backend
+	transfers, segments, completed, allocs uint64
+	carried                                map[string]int    // items by backend
+	counts                                 map[string]uint64 // what the backend counts by itself
 }
 
 // warmups are the rounds that are not timed. In the first one everything grows to its size; the last one counts
@@ -319,6 +357,7 @@ func measure(ctx context.Context, turns []turn, iters int, progress func(round i
 			if err != nil {
 				return nil, err
 			}
+			t.on.still()
 			if round == 0 {
 				allocs[i] = s.allocs
 			} else if round > 0 {
@@ -392,7 +431,7 @@ func (b *benchCluster) timed(
 	ctx context.Context, client *core.PoolClient, run func(context.Context, []core.Item) []core.Result, count bool,
 ) (sample, []core.Result) {
 	var before, after runtime.MemStats
-	answered, stats := b.answered(), client.Stats()
+	counts, answered, stats := b.counts(), b.answered(), client.Stats()
 	if count {
 		runtime.ReadMemStats(&before)
 	}
@@ -407,7 +446,11 @@ func (b *benchCluster) timed(
 		wall: wall, control: now.Control - stats.Control, plan: now.Plan - stats.Plan, dispatch: now.Dispatch - stats.Dispatch,
 		move: now.Move - stats.Move, verify: now.Verify - stats.Verify, staging: now.Staging - stats.Staging,
 		transfers: now.Transfers - stats.Transfers, segments: now.Segments - stats.Segments,
-		completions: b.answered() - answered, allocs: after.Mallocs - before.Mallocs, carried: make(map[string]int),
+		completed: b.answered() - answered, allocs: after.Mallocs - before.Mallocs, carried: make(map[string]int),
+		counts: b.counts(),
+	}
+	for name := range s.counts {
+		s.counts[name] -= counts[name]
 	}
 	for i := range results {
 		s.carried[results[i].Path.Backend]++
@@ -421,4 +464,17 @@ func (b *benchCluster) answered() (n uint64) {
 		n += b.caller.Counters(known.Name).Transfers.Load()
 	}
 	return n
+}
+
+// counts returns what the backend that is measured counts by itself, at the caller's end; nothing for most.
+func (b *benchCluster) counts() map[string]uint64 {
+	counts := make(map[string]uint64)
+	for _, known := range b.caller.Backends() {
+		if known.Name == b.backend {
+			for _, c := range known.Counters() {
+				counts[c.Name] = c.Value
+			}
+		}
+	}
+	return counts
 }

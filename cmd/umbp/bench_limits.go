@@ -118,7 +118,7 @@ func knownLimits(plugins config.Plugins) []limit {
 	over := func(backendName string, itemPages int) benchCase {
 		return benchCase{
 			op: benchPut, scenario: allZeroCopy, backend: backendName, mode: config.InProcess, plugins: plugins,
-			batch: 256, itemPages: itemPages, pageBytes: 4096, tcpConnections: 1,
+			batch: 256, itemPages: itemPages, pageBytes: 4096, options: oneConnection(backendName),
 		}
 	}
 	overSHM, overTCP, pages := over(shm.Factory.Name, 64), over(tcp.Factory.Name, 64), over(tcp.Factory.Name, 1)
@@ -178,6 +178,14 @@ func knownLimits(plugins config.Plugins) []limit {
 		}
 	}
 	return limits
+}
+
+// oneConnection returns the options with which a backend uses one connection to a peer, as the other side does.
+func oneConnection(backendName string) map[string]string {
+	if backendName != tcp.Factory.Name {
+		return nil
+	}
+	return map[string]string{"connections": "1"}
 }
 
 func (a *app) benchLimits(cmd *cobra.Command, limits []limit, only []string, rounds int) error {
@@ -536,7 +544,8 @@ func openLatency(ctx context.Context) (*contest, error) {
 	)
 	k := &contest{}
 	b, err := openLoaded(ctx, k, benchCase{
-		op: benchGet, scenario: allZeroCopy, backend: tcp.Factory.Name, batch: 1, itemPages: 1, pageBytes: answer, tcpConnections: 1,
+		op: benchGet, scenario: allZeroCopy, backend: tcp.Factory.Name, batch: 1, itemPages: 1, pageBytes: answer,
+		options: oneConnection(tcp.Factory.Name),
 	})
 	if err != nil {
 		return nil, errors.Join(err, k.Close())

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/reference"
 )
 
 // benchCommandLine runs the program, and returns what it printed and its exit code.
@@ -27,13 +29,150 @@ func benchCommandLine(t *testing.T, args ...string) (stdout, stderr string, code
 	return out.String(), talk.String(), code
 }
 
+// benchTable runs the program for so many rows, and returns them.
+func benchTable(t *testing.T, n int, args ...string) (rows []benchRow) {
+	t.Helper()
+	stdout, stderr, code := benchCommandLine(t, append(args, "--json")...)
+	if code != exitOK {
+		t.Fatalf("bench %s: exit code %d\n%s", strings.Join(args, " "), code, stderr)
+	}
+	if err := json.Unmarshal([]byte(stdout), &rows); err != nil || len(rows) != n {
+		t.Fatalf("bench %s: %d rows, want %d; %v", strings.Join(args, " "), len(rows), n, err)
+	}
+	return rows
+}
+
+func init() {
+	simulations["counting"] = func() simulation { return simulation{countingNetwork(), func() {}} }
+}
+
+// countingNetwork makes backends that count the work requests and SGEs that transfers would be, were there devices.
+func countingNetwork() backend.Factory {
+	f := reference.NewNetwork().Factory()
+	f.Name = "counting"
+	open := f.Open
+	f.Open = func(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
+		b, err := open(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		return &countingBackend{Backend: b}, nil
+	}
+	return f
+}
+
+type countingBackend struct {
+	backend.Backend
+	transfers, segments atomic.Uint64
+}
+
+func (c *countingBackend) Info() backend.Info {
+	i := c.Backend.Info()
+	i.Name = "counting"
+	return i
+}
+
+func (c *countingBackend) Counters() []backend.Count {
+	transfers, segments := c.transfers.Load(), c.segments.Load()
+	return []backend.Count{
+		{Name: "work_requests", Value: segments}, {Name: "sges", Value: 2 * segments}, {Name: "posts", Value: 3 * transfers},
+		{Name: "completions", Value: 4 * transfers}, {Name: "cgo_calls", Value: 5 * transfers},
+	}
+}
+
+func (c *countingBackend) Offer(ctx context.Context, peer backend.Peer) (backend.Handshake, error) {
+	h, err := c.Backend.Offer(ctx, peer)
+	return &countingHandshake{h, c}, err
+}
+
+type countingHandshake struct {
+	backend.Handshake
+	backend *countingBackend
+}
+
+func (h *countingHandshake) Establish(ctx context.Context, answer []byte) (backend.Endpoint, error) {
+	e, err := h.Handshake.Establish(ctx, answer)
+	return &countingEndpoint{e, h.backend}, err
+}
+
+type countingEndpoint struct {
+	backend.Endpoint
+	backend *countingBackend
+}
+
+func (e *countingEndpoint) Session(
+	ctx context.Context, local backend.RegionID, remote backend.Remote, sink backend.Sink,
+) (backend.Session, error) {
+	s, err := e.Endpoint.Session(ctx, local, remote, sink)
+	return &countingSession{s, e.backend}, err
+}
+
+type countingSession struct {
+	backend.Session
+	backend *countingBackend
+}
+
+func (s *countingSession) Post(t backend.Transfer) error {
+	segments := uint64(len(t.Segments))
+	err := s.Session.Post(t)
+	if err == nil {
+		s.backend.transfers.Add(1)
+		s.backend.segments.Add(segments)
+	}
+	return err
+}
+
+// TestBenchCounts: what a backend counts is in the rows, for one call, and exactly so.
+func TestBenchCounts(t *testing.T) {
+	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	for _, r := range benchTable(t, 2, "batch-put", "--backend", "counting", "--batch", "4", "--per-item-pages", "16",
+		"--page-bytes", "256", "--iters", "3", "--backend-option", "window=100") {
+		transfers := map[string]uint64{perPage: 4 * 16, grouped: 1}[r.Plan]
+		if r.TransferCompletions != transfers || r.WorkRequests != r.Segments || r.SGEs != 2*r.Segments ||
+			r.Posts != 3*transfers || r.Completions != 4*transfers || r.CgoCalls != 5*transfers {
+			t.Errorf("%s: %+v", r.Plan, r)
+		}
+		if !r.Simulated || r.Options["window"] != "100" {
+			t.Errorf("%s: simulated %t, options %v", r.Plan, r.Simulated, r.Options)
+		}
+	}
+	stdout, stderr, code := benchCommandLine(t, "batch-get", "--backend", "counting", "--batch", "2", "--per-item-pages", "2", "--iters", "2")
+	for _, want := range []string{
+		"(simulated: counting moves no bytes)", "grouped: 1 work requests with 2 SGEs in 3 posts, 4 completions, 5 calls of C",
+	} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("the table lacks %q: exit code %d\n%s%s", want, code, stdout, stderr)
+		}
+	}
+}
+
+// TestBenchSimulated: over simulated devices a work request is a work request, and one of signal_every is answered.
+func TestBenchSimulated(t *testing.T) {
+	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
+	const batch, pages, every = 8, 16, 32
+	for _, r := range benchTable(t, 2, "batch-put", "--backend", "rdma-simulated", "--batch", fmt.Sprint(batch),
+		"--per-item-pages", fmt.Sprint(pages), "--iters", "2",
+		"--backend-option", "wr_bytes=4KiB", "--backend-option", fmt.Sprint("signal_every=", every)) {
+		completions := map[string]uint64{perPage: batch * pages, grouped: batch * pages / every}[r.Plan]
+		if !r.Simulated || r.Verified != 0 || r.WorkRequests != batch*pages || r.SGEs != batch*pages || r.Completions != completions {
+			t.Errorf("%+v: want %d work requests, and %d completions", r, batch*pages, completions)
+		}
+	}
+}
+
 func TestBenchFlags(t *testing.T) {
 	for _, tc := range []struct{ args, want string }{
 		{"batch-put --scenario all_zz", `--scenario "all_zz" is not one of all_zc, mixed, all_stg, multi_peer, did you mean "all_zc"?`},
 		{"batch-put --scenario mixed,mixed", "--scenario names mixed twice"},
 		{"batch-put --plan pages", `--plan "pages" is not one of per-page, grouped`},
 		{"batch-put --plan=", "--plan is empty"},
-		{"batch-put --backend rdma", `--backend "rdma" is not one of null, shm, tcp, auto`},
+		{"batch-put --backend rdna", `--backend "rdna" is not one of null, shm, tcp, `},
+		{"batch-put --backend tpc --mode process,in-process", `--backend "tpc" is not one of`},
+		{"batch-put --backend auto --backend-option window=1", "--backend-option says nothing to --backend auto"},
+		{"batch-put --backend tcp --backend-option colour=red", "colour"},
+		{"batch-put --backend tcp --backend-option window", "--backend-option"},
+		{"batch-put --backend counting --mode process", "--backend counting is linked in only"},
+		{"batch-get --backend counting --verify all", "--verify must be off for a batch-get over counting"},
 		{"batch-put --mode in-process,thread", `--mode "thread" is not one of in-process, process`},
 		{"batch-put --mode=", "--mode is empty"},
 		{"batch-put --verify some", `--verify "some" is not one of off, sample, all`},
@@ -72,19 +211,9 @@ func TestBenchRows(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	const batch, pages, pageBytes = 8, 3, 4096
 	for _, op := range []string{benchPut, benchGet} {
-		stdout, stderr, code := benchCommandLine(t, "batch-"+op, "--scenario", "all_zc,mixed,all_stg,multi_peer",
+		rows := benchTable(t, 4*4*2, "batch-"+op, "--scenario", "all_zc,mixed,all_stg,multi_peer",
 			"--backend", "null,shm,tcp,auto", "--batch", fmt.Sprint(batch), "--per-item-pages", fmt.Sprint(pages),
-			"--page-bytes", fmt.Sprint(pageBytes), "--iters", "3", "--peers", "3", "--json")
-		if code != exitOK {
-			t.Fatalf("bench batch-%s: exit code %d\n%s", op, code, stderr)
-		}
-		var rows []benchRow
-		if err := json.Unmarshal([]byte(stdout), &rows); err != nil {
-			t.Fatal(err)
-		}
-		if want := 4 * 4 * 2; len(rows) != want {
-			t.Fatalf("%d rows, want %d", len(rows), want)
-		}
+			"--page-bytes", fmt.Sprint(pageBytes), "--iters", "3", "--peers", "3")
 		for i, r := range rows {
 			name := fmt.Sprintf("%s %s over %s, %s", op, r.Scenario, r.Backend, r.Plan)
 			c := benchCase{scenario: r.Scenario, peers: 3}
@@ -106,7 +235,7 @@ func TestBenchRows(t *testing.T) {
 			want := benchRow{
 				Scenario: []string{allZeroCopy, mixed, allStaged, multiPeer}[i/8], Op: op, Plan: []string{perPage, grouped}[i%2],
 				Backend: []string{"null", "shm", "tcp", "auto"}[i/2%4], Mode: "in-process", Batch: batch, PerItemPages: pages, PageBytes: pageBytes,
-				Iters: 3, Transfers: groups[r.Plan], Completions: groups[r.Plan], Verified: wantVerified, Verify: "off",
+				Iters: 3, Transfers: groups[r.Plan], TransferCompletions: groups[r.Plan], Completions: groups[r.Plan], Verified: wantVerified, Verify: "off",
 				Simulated: r.Backend == "null", Carried: carried,
 			}
 			measured := r
@@ -172,9 +301,9 @@ func TestBenchFieldNames(t *testing.T) {
 		row  any
 		want string
 	}{
-		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1}, "allocs_per_page backend batch carried completions control_ms dispatch_ms gib_s iters mode move_ms op " +
-			"page_bytes per_item_pages plan plan_ms scenario segments simulated staging_ms transfers verified verify verify_ms " +
-			"wall_ms wall_ms_max wall_ms_min wall_ms_verify_all wall_ms_verify_sample"},
+		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1, Options: map[string]string{"a": "b"}}, "allocs_per_page backend batch carried cgo_calls completions control_ms dispatch_ms gib_s iters mode move_ms op options " +
+			"page_bytes per_item_pages plan plan_ms posts scenario segments sges simulated staging_ms transfer_completions transfers verified verify verify_ms " +
+			"wall_ms wall_ms_max wall_ms_min wall_ms_verify_all wall_ms_verify_sample work_requests"},
 		{limitRow{Skipped: "x"}, "against difference goal limit name ratio reached rounds skipped umbp unit what"},
 	} {
 		encoded, err := json.Marshal(tc.row)

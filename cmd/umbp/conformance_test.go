@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"sync/atomic"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/serve"
@@ -16,6 +17,15 @@ func brokenPluginMain() {
 			Name: "defect", Type: backend.StringOption, Default: "none", Help: "What is wrong with the backend.",
 			Choices: []string{"none", "start", "silent", "crash", "hang", "twice", "limit", "outcomes"},
 		}},
+		Examine: func(_ context.Context, options backend.Values) []backend.Finding {
+			library := backend.Finding{Subject: "library", Text: "libbroken.so.1"}
+			if options.String("defect") != "start" {
+				return []backend.Finding{library}
+			}
+			return []backend.Finding{library, {
+				Subject: "device", State: backend.Problem, Text: "there is\nnone", Remedy: "plug one in",
+			}}
+		},
 		Open: func(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 			defect := cfg.Options.String("defect")
 			if defect == "start" {
@@ -29,7 +39,7 @@ func brokenPluginMain() {
 			if err != nil {
 				return nil, err
 			}
-			return &broken{b, defect}, nil
+			return &broken{Backend: b, defect: defect}, nil
 		},
 	})
 }
@@ -37,6 +47,17 @@ func brokenPluginMain() {
 type broken struct {
 	backend.Backend
 	defect string
+	fences atomic.Uint64
+}
+
+// Counters implements backend.Counter.
+func (b *broken) Counters() []backend.Count {
+	return []backend.Count{{Name: "fences", Value: b.fences.Load()}, {Name: "repairs"}}
+}
+
+func (b *broken) Fence(ctx context.Context, peer backend.Peer) error {
+	b.fences.Add(1)
+	return b.Backend.Fence(ctx, peer)
 }
 
 func (b *broken) Info() backend.Info {

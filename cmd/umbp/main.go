@@ -71,7 +71,7 @@ command lists it, as a flag; "umbp config default" prints them all.`,
 	root.AddCommand(
 		a.serveCommand(),
 		a.putCommand(), a.getCommand(), a.rmCommand(), a.lsCommand(), a.statCommand(),
-		a.statusCommand(), a.explainCommand(), a.backendsCommand(),
+		a.statusCommand(), a.doctorCommand(), a.explainCommand(), a.backendsCommand(),
 		a.configCommand(), a.benchCommand(), a.replayCommand(), a.conformanceCommand(), a.pluginCommand(), a.versionCommand(),
 	)
 	root.CompletionOptions.HiddenDefaultCmd = true

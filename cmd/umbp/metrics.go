@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/host"
+	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
 // metrics reads the counters of a running node when it is asked for them: nothing on the way of the data knows of
@@ -50,6 +52,7 @@ var (
 	backendCalls     = prometheus.NewDesc("umbp_backend_calls_total", "Calls of the backend, other than transfers, that have returned.", []string{"backend", "call"}, nil)
 	backendErrors    = prometheus.NewDesc("umbp_backend_call_errors_total", "Those of these calls that returned an error.", []string{"backend", "call"}, nil)
 	backendSeconds   = prometheus.NewDesc("umbp_backend_call_seconds_total", "How long these calls took together.", []string{"backend", "call"}, nil)
+	backendCount     = prometheus.NewDesc("umbp_backend_count_total", "What the backend counts by itself; its process, where it has one, counts from its start.", []string{"backend", "count"}, nil)
 )
 
 var phases = []host.Phase{host.Starting, host.Running, host.Restarting, host.Down}
@@ -69,7 +72,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	}
 	for _, d := range []*prometheus.Desc{
 		directoryNodes, backendTransfers, backendBytes, backendFailures, backendEndpoints, backendAvailable, backendDisabled,
-		backendPhase, backendRestarts, backendCalls, backendErrors, backendSeconds,
+		backendPhase, backendRestarts, backendCalls, backendErrors, backendSeconds, backendCount,
 	} {
 		ch <- d
 	}
@@ -130,4 +133,22 @@ func collectBackends(engine *core.Engine, ch chan<- prometheus.Metric) {
 			counter(backendSeconds, call.Time.Seconds(), b.Name, call.Op)
 		}
 	}
+	for i, counts := range countersOf(engine) {
+		for _, c := range counts {
+			counter(backendCount, float64(c.Value), engine.Backends()[i].Name, c.Name)
+		}
+	}
+}
+
+// countersOf returns what each backend counts by itself. Processes are asked at the same time: one that does not answer is
+// waited for no longer than if it were alone.
+func countersOf(engine *core.Engine) [][]backend.Count {
+	backends := engine.Backends()
+	counts := make([][]backend.Count, len(backends))
+	var asking sync.WaitGroup
+	for i := range backends {
+		asking.Go(func() { counts[i] = backends[i].Counters() })
+	}
+	asking.Wait()
+	return counts
 }

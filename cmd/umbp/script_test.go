@@ -34,6 +34,8 @@ import (
 	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/plugin-sdk/null"
 	"github.com/umbp/umbp/plugin-sdk/serve"
+	"github.com/umbp/umbp/plugins/rdma"
+	"github.com/umbp/umbp/plugins/rdma/device"
 	"github.com/umbp/umbp/plugins/shm"
 	"github.com/umbp/umbp/plugins/tcp"
 )
@@ -43,7 +45,8 @@ import (
 //	umbp ARG...         the real thing
 //	node NAME ARG...    umbp serve on free ports, its log in NAME.log; to be run in the background as &NAME&
 //
-// and as the plugins that umbp is shipped with, and as umbp-plugin-broken, which breaks the contract.
+// and as the plugins that umbp is shipped with, of which rdma finds no devices, and as umbp-plugin-broken, which breaks
+// the contract.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"umbp": main, "node": nodeMain,
@@ -51,8 +54,20 @@ func TestMain(m *testing.M) {
 		"umbp-plugin-tcp":  func() { serve.Main(tcp.Factory) },
 		"umbp-plugin-null": func() { serve.Main(null.Factory) },
 
+		"umbp-plugin-rdma": func() { serve.Main(rdma.Factory(noDevices{})) },
+
 		"umbp-plugin-broken": brokenPluginMain,
 	})
+}
+
+// noDevices is a host without devices for RDMA, whatever this one has.
+type noDevices struct{ device.Library }
+
+func (noDevices) Name() string      { return "libnothing.so.1" }
+func (noDevices) Simulated() bool   { return false }
+func (noDevices) Fork() device.Fork { return device.ForkUnneeded }
+func (noDevices) Devices() ([]string, error) {
+	return nil, &device.Missing{What: "there are no devices", Remedy: "build one in"}
 }
 
 func nodeMain() {
@@ -90,7 +105,7 @@ const quickExit = "GORACE=atexit_sleep_ms=0"
 func pluginFolder(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for _, name := range []string{"shm", "tcp", "null"} {
+	for _, name := range []string{"shm", "tcp", "null", "broken", "rdma"} {
 		name = "umbp-plugin-" + name
 		program, err := exec.LookPath(name)
 		if err != nil {

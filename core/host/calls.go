@@ -30,6 +30,14 @@ func (b *Backend) Calls() []Calls {
 	return append([]Calls(nil), b.calls.byOp[:]...)
 }
 
+// Counters returns what the backend has counted by itself; nil for a backend that counts nothing, or is not to be had.
+func (b *Backend) Counters() []backend.Count {
+	if c, ok := b.Backend.(backend.Counter); ok {
+		return c.Counters()
+	}
+	return nil
+}
+
 // The kinds of calls.
 const (
 	opRegister = iota
@@ -119,6 +127,14 @@ func (b measured) Fence(ctx context.Context, peer backend.Peer) error {
 	err := b.Backend.Fence(ctx, peer)
 	b.calls.note(opFence, begun, err, "peer", peer)
 	return err
+}
+
+// Counters implements backend.Counter, for backends that do.
+func (b measured) Counters() []backend.Count {
+	if c, ok := b.Backend.(backend.Counter); ok {
+		return c.Counters()
+	}
+	return nil
 }
 
 type measuredHandshake struct {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/fault"
 	"github.com/umbp/umbp/plugin-sdk/null"
 )
 
@@ -65,6 +66,26 @@ func TestCalls(t *testing.T) {
 	}
 	if none := (&Backend{Err: refuses}).Calls(); none != nil {
 		t.Errorf("a backend that is not to be had has calls: %v", none)
+	}
+}
+
+// TestCountersLinked: what a backend counts is handed on by all that wraps it.
+func TestCountersLinked(t *testing.T) {
+	wrap := func(b backend.Backend) backend.Backend { return fault.Wrap(moody{b, "good"}, &fault.Script{}) }
+	backends, err := Open(t.Context(), backend.Config{Self: self}, []Spec{
+		{Factory: null.Factory, Wrap: wrap}, {Factory: null.Factory},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer Close(backends)
+	if got, want := backends[0].Counters(), []backend.Count{{Name: "moods", Value: 4}, {Name: "none"}}; !slices.Equal(got, want) {
+		t.Errorf("the counters are %v, want %v", got, want)
+	}
+	for _, none := range []*Backend{&backends[1], {Err: errors.New("not to be had")}} {
+		if got := none.Counters(); got != nil {
+			t.Errorf("the counters are %v, want none", got)
+		}
 	}
 }
 

@@ -131,7 +131,7 @@ func processFactory(ctx context.Context, spec ProcessSpec, keysChanged func(back
 		return backend.Factory{}, unavailable(err)
 	}
 	spec.Name = d.Name
-	return backend.Factory{
+	f := backend.Factory{
 		Name: spec.Name, Options: d.Schema(),
 		Open: func(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 			p, err := openProcess(ctx, spec, cfg, texts(d.Schema(), cfg.Options), keysChanged)
@@ -144,5 +144,44 @@ func processFactory(ctx context.Context, spec ProcessSpec, keysChanged func(back
 			}
 			return nil, unavailable(err)
 		},
-	}, nil
+	}
+	if d.Examines {
+		f.Examine = func(ctx context.Context, options backend.Values) []backend.Finding {
+			findings, err := examine(ctx, &spec, texts(d.Schema(), options))
+			if err != nil {
+				return []backend.Finding{pluginFinding(err)}
+			}
+			return findings
+		}
+	}
+	return f, nil
+}
+
+func pluginFinding(err error) backend.Finding {
+	return backend.Finding{
+		Subject: "plugin", State: backend.Problem, Text: err.Error(),
+		Remedy: "install the plugin that came with this umbp, or correct its path in the configuration",
+	}
+}
+
+// Examine looks at what a backend needs on this machine, without opening it. A backend that does not say what it needs has
+// no findings, unless its plugin does not start or its options are wrong.
+func Examine(ctx context.Context, spec Spec) []backend.Finding {
+	factory := spec.Factory
+	if spec.Process != nil {
+		var err error
+		if factory, err = ProcessFactory(ctx, *spec.Process); err != nil {
+			return []backend.Finding{pluginFinding(err)}
+		}
+	}
+	options, err := backend.CheckOptions(factory.Options, spec.Options)
+	switch {
+	case err != nil:
+		return []backend.Finding{{
+			Subject: "options", State: backend.Problem, Text: err.Error(), Remedy: "correct them in the configuration",
+		}}
+	case factory.Examine == nil:
+		return nil
+	}
+	return factory.Examine(ctx, options)
 }

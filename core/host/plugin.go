@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -118,9 +119,6 @@ func (s *ProcessSpec) locate() (string, error) {
 	return path, nil
 }
 
-// descriptionSize bounds what a plugin may print about itself, in bytes.
-const descriptionSize = 1 << 20
-
 // Describe asks the plugin's file what it is, without opening its backend.
 func Describe(ctx context.Context, spec ProcessSpec) (rpc.Description, error) {
 	d, err := describe(ctx, &spec)
@@ -135,32 +133,9 @@ func Describe(ctx context.Context, spec ProcessSpec) (rpc.Description, error) {
 }
 
 func describe(ctx context.Context, spec *ProcessSpec) (d rpc.Description, err error) {
-	path, err := spec.locate()
+	path, text, err := runPlugin(ctx, spec, rpc.MaxDescription, "describe")
 	if err != nil {
 		return d, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, spec.Timing.withDefaults().Start)
-	defer cancel()
-	cmd := exec.Command(path, "describe")
-	cmd.Env = spec.environment()
-	c := newChild(cmd)
-	runtime.LockOSThread() // see newChild
-	defer runtime.UnlockOSThread()
-	if err := c.Start(ctx); err != nil {
-		return d, err
-	}
-	stop := context.AfterFunc(ctx, c.kill)
-	defer stop()
-	text, err := io.ReadAll(io.LimitReader(c.stdout, descriptionSize+1))
-	c.stdout.Close()
-	if len(text) > descriptionSize {
-		err = errors.New("it prints more than a description")
-		c.kill()
-	}
-	<-c.exited
-	end := c.ended()
-	if end.Err = errors.Join(err, ctx.Err()); end.Err != nil || !c.cmd.ProcessState.Success() {
-		return d, end
 	}
 	if d, err = rpc.ParseDescription(text); err != nil {
 		return d, fmt.Errorf("%s describes itself in a way that makes no sense: is it a plugin of UMBP? %w", path, err)
@@ -173,6 +148,55 @@ func describe(ctx context.Context, spec *ProcessSpec) (d rpc.Description, err er
 			path, d.ProtocolVersions, rpc.ProtocolVersions)
 	}
 	return d, nil
+}
+
+// examine asks the plugin's file what its backend needs on this machine, and whether that is there.
+func examine(ctx context.Context, spec *ProcessSpec, options map[string]string) ([]backend.Finding, error) {
+	arguments := []string{"examine"}
+	for _, name := range slices.Sorted(maps.Keys(options)) {
+		arguments = append(arguments, name+"="+options[name])
+	}
+	path, text, err := runPlugin(ctx, spec, rpc.MaxFindings, arguments...)
+	if err != nil {
+		return nil, err
+	}
+	findings, err := rpc.ParseFindings(text)
+	if err != nil {
+		return nil, fmt.Errorf("what %s prints makes no sense: %w", path, err)
+	}
+	return findings, nil
+}
+
+// runPlugin runs the plugin's program with arguments, and returns its path and what it printed, which is to be so many
+// bytes at most.
+func runPlugin(ctx context.Context, spec *ProcessSpec, most int, arguments ...string) (path string, text []byte, err error) {
+	if path, err = spec.locate(); err != nil {
+		return "", nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, spec.Timing.withDefaults().Start)
+	defer cancel()
+	cmd := exec.Command(path, arguments...)
+	cmd.Env = spec.environment()
+	c := newChild(cmd)
+	runtime.LockOSThread() // see newChild
+	defer runtime.UnlockOSThread()
+	if err := c.Start(ctx); err != nil {
+		return path, nil, err
+	}
+	stop := context.AfterFunc(ctx, c.kill)
+	defer stop()
+	text, err = io.ReadAll(io.LimitReader(c.stdout, int64(most)+1))
+	c.stdout.Close()
+	if len(text) > most {
+		err = errors.New("it prints too much")
+		c.kill()
+	}
+	<-c.exited
+	end := c.ended()
+	if end.Err = errors.Join(err, ctx.Err()); end.Err != nil || !c.cmd.ProcessState.Success() {
+		return path, nil, end
+	}
+	return path, text, nil
 }
 
 // plugin is a process with everything that the host holds for it.

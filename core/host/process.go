@@ -75,6 +75,7 @@ type instance struct {
 // client is what a Process needs of rpc.Client.
 type client interface {
 	backend.Backend
+	backend.Counter
 	Ping(ctx context.Context) error
 	Broken() <-chan struct{}
 	Err() error
@@ -358,6 +359,17 @@ func (p *Process) Answer(ctx context.Context, peer backend.Peer, offer []byte) (
 		return nil, err
 	}
 	return i.client.Answer(ctx, peer, offer)
+}
+
+// Counters implements backend.Counter. They begin anew with each process, and there are none while none runs.
+func (p *Process) Counters() []backend.Count {
+	p.mu.Lock()
+	current := p.current
+	p.mu.Unlock()
+	if current == nil {
+		return nil
+	}
+	return current.client.Counters()
 }
 
 // Close implements backend.Backend. It closes the backend and ends the process.

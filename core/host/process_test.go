@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -214,6 +215,84 @@ func TestServes(t *testing.T) {
 	}
 }
 
+// TestCounters: what a plugin counts arrives, through all that stands before it, from each process anew.
+func TestCounters(t *testing.T) {
+	prog := newProgram(t)
+	prog.mood("fault post:off")
+	backends, err := Open(t.Context(), backend.Config{Self: self}, []Spec{{Process: &prog.spec}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer Close(backends)
+	b := &backends[0]
+	want := []backend.Count{{Name: "moods", Value: uint64(len("fault post:off"))}, {Name: "none"}}
+	if got := b.Counters(); !slices.Equal(got, want) {
+		t.Errorf("the counters are %v, want %v", got, want)
+	}
+	prog.mood("good")
+	if err := b.Process.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want[0].Value = uint64(len("good"))
+	if got := b.Counters(); !slices.Equal(got, want) {
+		t.Errorf("after a restart the counters are %v, want %v", got, want)
+	}
+	if err := Close(backends); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.Counters(); got != nil {
+		t.Errorf("of a backend that is closed the counters are %v", got)
+	}
+}
+
+// TestExamine: a plugin examines the machine without being opened, or it is said why it cannot.
+func TestExamine(t *testing.T) {
+	for name, c := range map[string]struct {
+		mood, path string
+		options    map[string]string
+		want       string // in the one finding; empty for none
+		state      backend.FindingState
+	}{
+		"in order":       {mood: "rather good", want: "rather good", state: backend.Warning},
+		"no examining":   {mood: "describes no examining"},
+		"a crash":        {mood: "examines a crash", want: "panic: the library is broken", state: backend.Problem},
+		"nonsense":       {mood: "examines nonsense", want: "makes no sense", state: backend.Problem},
+		"no plugin":      {mood: "good", path: "/nowhere/umbp-plugin", want: "/nowhere/umbp-plugin", state: backend.Problem},
+		"a wrong option": {mood: "good", options: map[string]string{"colour": "red"}, want: "colour", state: backend.Problem},
+	} {
+		t.Run(name, func(t *testing.T) {
+			prog := newProgram(t)
+			prog.mood(c.mood)
+			if c.path != "" {
+				prog.spec.Path = c.path
+			}
+			findings := Examine(t.Context(), Spec{Process: &prog.spec, Options: c.options})
+			if c.want == "" {
+				if len(findings) != 0 {
+					t.Errorf("it finds %+v", findings)
+				}
+				return
+			}
+			if len(findings) != 1 || findings[0].State != c.state || !strings.Contains(findings[0].Text, c.want) || findings[0].Remedy == "" {
+				t.Errorf("it finds %+v, want one %s that says %q", findings, c.state, c.want)
+			}
+		})
+	}
+}
+
+// TestExamineLinked: a backend that is linked in is asked directly.
+func TestExamineLinked(t *testing.T) {
+	f := null.Factory
+	if findings := Examine(t.Context(), Spec{Factory: f}); findings != nil {
+		t.Errorf("a backend that examines nothing finds %+v", findings)
+	}
+	want := []backend.Finding{{Subject: "something", Text: "is there"}}
+	f.Examine = func(context.Context, backend.Values) []backend.Finding { return want }
+	if findings := Examine(t.Context(), Spec{Factory: f}); !slices.Equal(findings, want) {
+		t.Errorf("it finds %+v, want %+v", findings, want)
+	}
+}
+
 // TestEnvironment: a plugin gets the variables that it is to get, and nothing else of the host's.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("UMBP_SECRET", "xyzzy")
@@ -249,7 +328,7 @@ func TestUnavailable(t *testing.T) {
 		"checksum":              {spoil: func(p *program) { p.spec.SHA256 = strings.Repeat("ab", 32) }, want: []string{"SHA-256", strings.Repeat("ab", 32), checksum(t, os.Args[0])}},
 		"no description":        {mood: "describes nothing", want: []string{"makes no sense"}},
 		"nonsense":              {mood: "describes nonsense", want: []string{"makes no sense"}},
-		"endless description":   {mood: "describes without end", want: []string{"it prints more than a description"}},
+		"endless description":   {mood: "describes without end", want: []string{"it prints too much"}},
 		"no end of describing":  {mood: "describes for ever", spoil: short, want: []string{"was killed", "deadline exceeded"}},
 		"crash when describing": {mood: "describes a crash", want: []string{"exit status 4", "no library"}},
 		"described version":     {mood: "describes another version", want: []string{"[98 99]", "[1]", "install a version"}},

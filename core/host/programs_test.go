@@ -66,6 +66,18 @@ func pluginProgram() {
 		panic(err)
 	}
 	f := null.Factory
+	f.Examine = func(_ context.Context, options backend.Values) []backend.Finding {
+		switch string(mood) {
+		case "examines a crash":
+			panic("the library is broken")
+		case "examines nonsense":
+			fmt.Println("hello")
+		}
+		return []backend.Finding{{Subject: "mood", State: backend.Warning, Text: string(mood), Remedy: "be better"}}
+	}
+	if len(os.Args) > 1 && os.Args[1] == "examine" {
+		serve.Main(f)
+	}
 	if len(os.Args) > 1 && os.Args[1] == "describe" {
 		switch string(mood) {
 		case "describes nothing":
@@ -84,6 +96,8 @@ func pluginProgram() {
 			os.Exit(4)
 		case "describes another version":
 			rpc.ProtocolVersions = []int{98, 99}
+		case "describes no examining":
+			f.Examine = nil
 		case "describes another backend":
 			f.Name = "other"
 		}
@@ -139,6 +153,11 @@ func pluginProgram() {
 type moody struct {
 	backend.Backend
 	mood string
+}
+
+// Counters implements backend.Counter.
+func (m moody) Counters() []backend.Count {
+	return []backend.Count{{Name: "moods", Value: uint64(len(m.mood))}, {Name: "none"}}
 }
 
 func (m moody) Info() backend.Info {

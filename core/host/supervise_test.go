@@ -72,6 +72,7 @@ func (f *fake) Ping(context.Context) error { return f.run(&f.ping) }
 func (f *fake) Broken() <-chan struct{}    { return f.broken }
 func (f *fake) Err() error                 { return errors.New("it talks nonsense") }
 func (f *fake) InFlight() int              { return int(f.inFlight.Load()) }
+func (f *fake) Counters() []backend.Count  { return []backend.Count{{Name: "calls", Value: 7}} }
 
 func (f *fake) Lost(cause error) {
 	f.mu.Lock()

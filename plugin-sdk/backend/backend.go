@@ -262,6 +262,10 @@ type Factory struct {
 	Options []Option
 	// Open starts the backend. The context bounds starting only.
 	Open func(ctx context.Context, cfg Config) (Backend, error)
+	// Examine looks at what the backend needs on this machine, such as libraries, devices and limits, and says what it
+	// finds, for an operator who wants to know why the backend does not open, or is slow. The options have been checked.
+	// It needs no open backend, disturbs none, and keeps nothing open. Nil where there is nothing to look at.
+	Examine func(ctx context.Context, options Values) []Finding
 }
 
 // Config is what a backend is opened with.

@@ -3,6 +3,7 @@ package conformance_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"slices"
@@ -186,6 +187,22 @@ func TestDefectsAreCaught(t *testing.T) {
 		{"has no version", "info", "Version is empty", &lab{
 			info: func(i *backend.Info) { i.Version = "" },
 		}},
+		{"counts under a name that is none", "counters", `a counter is called "Work Requests"`, &lab{
+			counters: func() []backend.Count { return []backend.Count{{Name: "Work Requests"}} },
+		}},
+		{"counts twice under one name", "counters", "two counters are called posts", &lab{
+			counters: func() []backend.Count { return []backend.Count{{Name: "posts"}, {Name: "posts"}} },
+		}},
+		{"counts backwards", "counters", "posts went back from", &lab{counters: changing(func(n uint64) []backend.Count {
+			return []backend.Count{{Name: "posts", Value: 100 - n}}
+		})}},
+		{"forgets what was counted before it connects", "counters", "posts went back from 1 to 0", forgetful()},
+		{"exchanges its counters", "counters", "counter 0 is b1, and was b0", &lab{counters: changing(func(n uint64) []backend.Count {
+			return []backend.Count{{Name: fmt.Sprint("b", n)}}
+		})}},
+		{"has more counters each time", "counters", "there are 2 counters, and there were 1", &lab{counters: changing(func(n uint64) []backend.Count {
+			return []backend.Count{{Name: "a"}, {Name: "b"}, {Name: "c"}}[:min(n+1, 3)]
+		})}},
 		{"answers everything", "handshake/garbage", "Answer accepts an offer that is empty", &lab{
 			answer: func(e *end, ctx context.Context, peer backend.Peer, offer []byte) ([]byte, error) {
 				answer, err := e.Backend.Answer(ctx, peer, offer)
@@ -504,7 +521,7 @@ func TestDefectsAreCaught(t *testing.T) {
 // TestLabItself finds nothing where nothing is broken: what catches the defects is not the lab. It skips what the
 // reference backend does not claim, and nothing else.
 func TestLabItself(t *testing.T) {
-	skips := []string{"reach", "bytes/post-wait", "death/target", "death/initiator"}
+	skips := []string{"reach", "counters", "bytes/post-wait", "death/target", "death/initiator"}
 	for _, c := range conformance.Cases() {
 		want := conformance.Pass
 		if slices.Contains(skips, c.Name) {
@@ -519,6 +536,7 @@ func TestLabItself(t *testing.T) {
 // lab opens reference backends with one defect. Hooks that are nil leave things as they are.
 type lab struct {
 	info       func(*backend.Info)
+	counters   func() []backend.Count
 	register   func(*lab, backend.Memory) (backend.Memory, error)
 	deregister func(*end, context.Context, backend.RegionID) error
 	offer      func(*end, context.Context, backend.Peer) (backend.Peer, error)
@@ -680,6 +698,35 @@ func (e *end) Info() backend.Info {
 		e.lab.info(&i)
 	}
 	return i
+}
+
+// Counters implements backend.Counter.
+func (e *end) Counters() []backend.Count {
+	if e.lab.counters == nil {
+		return nil
+	}
+	return e.lab.counters()
+}
+
+// forgetful returns ends with a counter that each second connection puts back to zero.
+func forgetful() *lab {
+	var posts atomic.Uint64
+	return &lab{
+		counters: func() []backend.Count { return []backend.Count{{Name: "posts", Value: posts.Load()}} },
+		offer: func(_ *end, _ context.Context, peer backend.Peer) (backend.Peer, error) {
+			posts.Store(1 - posts.Load())
+			return peer, nil
+		},
+	}
+}
+
+// changing returns counters that depend on how often they were asked for.
+func changing(counters func(n uint64) []backend.Count) func() []backend.Count {
+	var asked uint64
+	return func() []backend.Count {
+		asked++
+		return counters(asked - 1)
+	}
 }
 
 func (e *end) Register(ctx context.Context, m backend.Memory) ([]byte, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"strings"
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
@@ -41,6 +42,44 @@ func info(r *rig) {
 	}
 	if !reflect.DeepEqual(i, b.Info()) {
 		r.Errorf("Info has changed after Open")
+	}
+}
+
+func counters(r *rig) {
+	counter := r.initiator.backend.(backend.Counter) // as everything that is watched
+	before := counter.Counters()
+	if len(before) == 0 {
+		r.Skipf("the backend counts nothing")
+	}
+	seen := map[string]bool{}
+	for _, c := range before {
+		if c.Name == "" || strings.Trim(c.Name, "abcdefghijklmnopqrstuvwxyz0123456789_") != "" {
+			r.Errorf("a counter is called %q: a name is made of lower-case letters, digits and underscores", c.Name)
+		}
+		if seen[c.Name] {
+			r.Errorf("two counters are called %s", c.Name)
+		}
+		seen[c.Name] = true
+	}
+	endpoint := r.endpoint
+	for round := range 3 {
+		l := r.session(endpoint, r.initiator.area(small, 0), r.target.area(small, allRights))
+		l.move(r.ops()[round%len(r.ops())], []backend.Segment{{Length: small}}, fmt.Sprintf("round %d", round))
+		r.closeEndpoint(endpoint) // what a connection has counted stays when it goes
+		endpoint = r.connect(r.initiator, r.target)
+		after := counter.Counters()
+		if len(after) != len(before) {
+			r.Fatalf("there are %d counters, and there were %d", len(after), len(before))
+		}
+		for i, c := range after {
+			switch was := before[i]; {
+			case c.Name != was.Name:
+				r.Errorf("counter %d is %s, and was %s", i, c.Name, was.Name)
+			case c.Value < was.Value:
+				r.Errorf("%s went back from %d to %d", c.Name, was.Value, c.Value)
+			}
+		}
+		before = after
 	}
 }
 

@@ -183,6 +183,7 @@ func Cases() []Case {
 		{Name: "bytes/random", Rule: "done-in-place", FarEnd: true, run: bytesRandom},
 		{Name: "bytes/segments-reused", Rule: "segments-not-kept", FarEnd: true, run: segmentsReused},
 		{Name: "bytes/two-ways", Rule: "both-directions", FarEnd: true, run: bytesTwoWays},
+		{Name: "counters", Rule: "counters-grow", run: counters},
 		{Name: "bytes/post-wait", Rule: "post-wait", FarEnd: true, run: postWait},
 		{Name: "limits", Rule: "limits-hold", run: limits},
 

@@ -14,6 +14,7 @@ func Rules() []Rule {
 		{"limits-hold", "What the limits allow works; what exceeds them is refused by Post with BadRequest."},
 		{"errors-identity", "Every error is, or wraps, an Error with a known code, also after the end of what it is about."},
 		{"contexts-end", "A call whose context has ended returns soon: with its work done, or with Cancelled."},
+		{"counters-grow", "A backend that counts has the same counters always, each under a name of its own, and none goes back."},
 		{"any-goroutine", "Every method may be called from any goroutine at any time."},
 
 		{"region-ids", "A region has an id of its own, any number but zero; a second registration is refused with BadRequest."},

@@ -208,6 +208,15 @@ func (w watched) Fence(ctx context.Context, peer backend.Peer) error {
 	return w.Backend.Fence(ctx, peer)
 }
 
+// Counters implements backend.Counter, for backends that do.
+func (w watched) Counters() []backend.Count {
+	defer w.t.calling("Backend.Counters")()
+	if c, ok := w.Backend.(backend.Counter); ok {
+		return c.Counters()
+	}
+	return nil
+}
+
 func (w watched) Close() error {
 	defer w.t.calling("Backend.Close")()
 	return w.Backend.Close()

@@ -71,6 +71,14 @@ type wrapped struct {
 	endpoints map[*endpoint]struct{}
 }
 
+// Counters implements backend.Counter, for backends that do.
+func (w *wrapped) Counters() []backend.Count {
+	if c, ok := w.Backend.(backend.Counter); ok {
+		return c.Counters()
+	}
+	return nil
+}
+
 func (w *wrapped) injected(code backend.Code, op Point) *backend.Error {
 	return &backend.Error{Code: code, Backend: w.name, Op: string(op), Text: "injected fault"}
 }

@@ -449,6 +449,21 @@ func (c *Client) Fence(ctx context.Context, peer backend.Peer) error {
 	return err
 }
 
+// countersTimeout bounds Counters, whose callers have better things to do than to wait.
+const countersTimeout = time.Second
+
+// Counters implements backend.Counter. There are none while the plugin does not answer in time, where it counts nothing,
+// and where it answers nonsense.
+func (c *Client) Counters() []backend.Count {
+	ctx, cancel := context.WithTimeout(context.Background(), min(countersTimeout, c.callTimeout))
+	defer cancel()
+	reply, err := call(ctx, c, "counters", c.service.Counters, &backendpb.CountersRequest{})
+	if err != nil {
+		return nil
+	}
+	return countsIn(reply.GetCounts())
+}
+
 // Close implements backend.Backend. It returns when the plugin has closed the backend and everything has completed, or
 // when the client is lost. A plugin that does not close in time breaks the client, and Close goes on waiting: whoever
 // calls it sees to it that a broken plugin is ended, and Lost called.

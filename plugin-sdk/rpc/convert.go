@@ -170,3 +170,34 @@ func infoIn(i *backendpb.Info) (backend.Info, error) {
 	}
 	return info, nil
 }
+
+// maxCounts bounds the counters of one backend.
+const maxCounts = 1000
+
+func countsOut(counts []backend.Count) []*backendpb.Count {
+	var out []*backendpb.Count
+	for _, c := range counts {
+		out = append(out, &backendpb.Count{Name: c.Name, Value: c.Value})
+	}
+	return out
+}
+
+// countsIn decodes the counters of a plugin; none when there are too many, or when a name makes no sense or is there
+// twice.
+func countsIn(counts []*backendpb.Count) []backend.Count {
+	if len(counts) > maxCounts {
+		return nil
+	}
+	var in []backend.Count
+	known := make(map[string]struct{}, len(counts))
+	for _, c := range counts {
+		if known[c.GetName()] = struct{}{}; !validName(c.GetName(), "_") {
+			return nil
+		}
+		in = append(in, backend.Count{Name: c.GetName(), Value: c.GetValue()})
+	}
+	if len(known) != len(in) {
+		return nil
+	}
+	return in
+}

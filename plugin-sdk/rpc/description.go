@@ -18,6 +18,8 @@ type Description struct {
 	// Capabilities are those with default options; nil when only opening tells.
 	Capabilities *DescribedCapabilities `json:"capabilities,omitempty"`
 	Options      []DescribedOption      `json:"options"`
+	// Examines says that "umbp-plugin-X examine" prints findings.
+	Examines bool `json:"examines,omitempty"`
 }
 
 // DescribedCapabilities are backend.Capabilities in words.
@@ -48,7 +50,7 @@ type DescribedOption struct {
 
 // Describe describes the backend of a factory.
 func Describe(f backend.Factory) Description {
-	d := Description{Name: f.Name, ProtocolVersions: ProtocolVersions, Options: []DescribedOption{}}
+	d := Description{Name: f.Name, ProtocolVersions: ProtocolVersions, Options: []DescribedOption{}, Examines: f.Examine != nil}
 	for _, o := range f.Options {
 		d.Options = append(d.Options, DescribedOption(o))
 	}

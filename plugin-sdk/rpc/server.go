@@ -424,6 +424,19 @@ func (v *service) Fence(ctx context.Context, q *backendpb.FenceRequest) (*backen
 	return &backendpb.FenceReply{Error: errorOut(b.Fence(ctx, peerIn(q.GetPeer())))}, nil
 }
 
+// Counters implements backendpb.BackendServer.
+func (v *service) Counters(context.Context, *backendpb.CountersRequest) (*backendpb.CountersReply, error) {
+	b, err := v.server.opened()
+	if err != nil {
+		return nil, err
+	}
+	reply := &backendpb.CountersReply{}
+	if c, ok := b.(backend.Counter); ok {
+		reply.Counts = countsOut(c.Counters())
+	}
+	return reply, nil
+}
+
 // Close implements backendpb.BackendServer. The data path stays: completions may be on their way.
 func (v *service) Close(context.Context, *backendpb.CloseRequest) (*backendpb.CloseReply, error) {
 	b, err := v.server.opened()

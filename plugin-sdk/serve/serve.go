@@ -2,9 +2,10 @@
 //
 //	func main() { serve.Main(tcp.Factory) }
 //
-// Such a program has two uses. "umbp-plugin-tcp describe" prints what the backend is, as JSON, and touches no device.
-// Started by a host, it serves the backend until the host closes it, or is gone. Started in any other way it says what
-// it is, and exits with status 2.
+// Such a program has three uses. "umbp-plugin-tcp describe" prints what the backend is, as JSON, and touches no device.
+// "umbp-plugin-tcp examine [OPTION=VALUE]..." looks at what the backend needs on this machine, and prints what it finds, as
+// JSON. Started by a host, it serves the backend until the host closes it, or is gone. Started in any other way it says
+// what it is, and exits with status 2.
 //
 // The log of the backend goes to standard error, a line of JSON for each entry, where the host takes it up. What the
 // program prints by itself finds its way to the host's log, too.
@@ -15,8 +16,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -45,6 +49,8 @@ func Main(f backend.Factory) {
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "describe":
 		os.Exit(describe(f))
+	case len(os.Args) >= 2 && os.Args[1] == "examine":
+		os.Exit(examine(f, os.Args[2:]))
 	case len(os.Args) > 1 || os.Getenv(rpc.Handshake.MagicCookieKey) != rpc.Handshake.MagicCookieValue:
 		fmt.Fprintf(os.Stderr, usage, filepath.Base(os.Args[0]), f.Name)
 		os.Exit(2)
@@ -52,18 +58,46 @@ func Main(f backend.Factory) {
 	os.Exit(serve(f))
 }
 
-const usage = `%[1]s is the plugin of UMBP's backend %[2]s. A host starts it; by hand there is one use:
+const usage = `%[1]s is the plugin of UMBP's backend %[2]s. A host starts it; by hand there are two uses:
 
-  %[1]s describe    print what the backend is, as JSON
+  %[1]s describe                     print what the backend is, as JSON
+  %[1]s examine [OPTION=VALUE]...    look at what it needs on this machine, and print that, as JSON
 
 To let umbp use it, set the backend's "mode" to "process" in umbp's configuration.
 `
 
-func describe(f backend.Factory) int {
+func describe(f backend.Factory) int { return printJSON(rpc.Describe(f)) }
+
+// examine prints what the backend finds out about this machine.
+func examine(f backend.Factory, args []string) int {
+	given := make(map[string]string)
+	for _, arg := range args {
+		name, value, ok := strings.Cut(arg, "=")
+		if _, twice := given[name]; !ok || twice {
+			fmt.Fprintf(os.Stderr, "%q: write each option once, as OPTION=VALUE\n", arg)
+			return 2
+		}
+		given[name] = value
+	}
+	options, err := backend.CheckOptions(f.Options, given)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	findings := []backend.Finding{}
+	if f.Examine != nil {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		findings = append(findings, f.Examine(ctx, options)...)
+	}
+	return printJSON(findings)
+}
+
+func printJSON(v any) int {
 	out := json.NewEncoder(os.Stdout)
 	out.SetIndent("", "  ")
-	if err := out.Encode(rpc.Describe(f)); err != nil {
-		fmt.Fprintf(os.Stderr, "print the description: %v\n", err)
+	if err := out.Encode(v); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return 0

@@ -41,6 +41,9 @@ func TestMain(m *testing.M) {
 var factory = backend.Factory{
 	Name:    "test",
 	Options: []backend.Option{{Name: "size", Type: backend.SizeOption, Default: "4KiB", Help: "A size."}},
+	Examine: func(_ context.Context, options backend.Values) []backend.Finding {
+		return []backend.Finding{{Subject: "size", State: backend.Warning, Text: fmt.Sprint(options.Size("size")), Remedy: "more"}}
+	},
 	Open: func(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
 		fmt.Fprintln(os.Stderr, "opened")
 		return null.Factory.Open(ctx, cfg)
@@ -63,9 +66,13 @@ func TestByHand(t *testing.T) {
 		want      string
 	}{
 		"no argument":       {nil, nil, 2, "is the plugin of UMBP's backend test"},
-		"an argument":       {[]string{"--help"}, nil, 2, "describe    print"},
-		"a second argument": {[]string{"describe", "all"}, nil, 2, "describe    print"},
-		"by a host":         {[]string{"serve"}, []string{cookie}, 2, "describe    print"},
+		"an argument":       {[]string{"--help"}, nil, 2, "print what the backend is"},
+		"a second argument": {[]string{"describe", "all"}, nil, 2, "print what the backend is"},
+		"no value":          {[]string{"examine", "size"}, nil, 2, `"size": write each option once, as OPTION=VALUE`},
+		"two values":        {[]string{"examine", "size=1KiB", "size=2KiB"}, nil, 2, `"size=2KiB": write each option once`},
+		"a wrong value":     {[]string{"examine", "size=red"}, nil, 2, "size"},
+		"a wrong option":    {[]string{"examine", "colour=red"}, nil, 2, "colour"},
+		"by a host":         {[]string{"serve"}, []string{cookie}, 2, "print what the backend is"},
 		"no passage":        {nil, []string{cookie, rpc.EnvPassage + "=x"}, 1, `"x" is not the number of a descriptor`},
 		"a closed passage":  {nil, []string{cookie, rpc.EnvPassage + "=99"}, 1, "open a passage"},
 	} {
@@ -99,6 +106,29 @@ func TestDescribe(t *testing.T) {
 	}
 	if want := rpc.Describe(factory); !reflect.DeepEqual(d, want) {
 		t.Errorf("it describes %+v, want %+v", d, want)
+	}
+}
+
+func TestExamine(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{{nil, "4096"}, {[]string{"size=1MiB"}, "1048576"}} {
+		cmd := program("plugin", append([]string{"examine"}, c.args...)...)
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil || stderr.Len() != 0 {
+			t.Fatalf("examine: %v, %q", err, stderr.String())
+		}
+		findings, err := rpc.ParseFindings(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := []backend.Finding{{Subject: "size", State: backend.Warning, Text: c.want, Remedy: "more"}}
+		if !reflect.DeepEqual(findings, want) {
+			t.Errorf("examine %s finds %+v, want %+v", c.args, findings, want)
+		}
 	}
 }
 

@@ -2788,6 +2788,140 @@ func (x *MemoryReply) GetData() []byte {
 	return nil
 }
 
+type CountersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountersRequest) Reset() {
+	*x = CountersRequest{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountersRequest) ProtoMessage() {}
+
+func (x *CountersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountersRequest.ProtoReflect.Descriptor instead.
+func (*CountersRequest) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{45}
+}
+
+// CountersReply has each counter once, always in the same order.
+type CountersReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Counts        []*Count               `protobuf:"bytes,1,rep,name=counts,proto3" json:"counts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CountersReply) Reset() {
+	*x = CountersReply{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CountersReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CountersReply) ProtoMessage() {}
+
+func (x *CountersReply) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CountersReply.ProtoReflect.Descriptor instead.
+func (*CountersReply) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *CountersReply) GetCounts() []*Count {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+// Count is backend.Count.
+type Count struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Value         uint64                 `protobuf:"varint,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Count) Reset() {
+	*x = Count{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Count) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Count) ProtoMessage() {}
+
+func (x *Count) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Count.ProtoReflect.Descriptor instead.
+func (*Count) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *Count) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Count) GetValue() uint64 {
+	if x != nil {
+		return x.Value
+	}
+	return 0
+}
+
 var File_plugin_sdk_proto_backendpb_backend_proto protoreflect.FileDescriptor
 
 const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
@@ -2969,7 +3103,13 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\vMemoryReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12,\n" +
 	"\x05error\x18\x02 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data*Q\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\x11\n" +
+	"\x0fCountersRequest\"?\n" +
+	"\rCountersReply\x12.\n" +
+	"\x06counts\x18\x01 \x03(\v2\x16.umbp.backend.v1.CountR\x06counts\"1\n" +
+	"\x05Count\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value*Q\n" +
 	"\bDataPath\x12\x19\n" +
 	"\x15DATA_PATH_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10DATA_PATH_QUEUES\x10\x01\x12\x14\n" +
@@ -2977,7 +3117,8 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\fMemoryAccess\x12\x1d\n" +
 	"\x19MEMORY_ACCESS_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14MEMORY_ACCESS_MAPPED\x10\x01\x12\x1a\n" +
-	"\x16MEMORY_ACCESS_MESSAGES\x10\x022\xc7\t\n" +
+	"\x16MEMORY_ACCESS_MESSAGES\x10\x022\x95\n" +
+	"\n" +
 	"\aBackend\x12@\n" +
 	"\x04Open\x12\x1c.umbp.backend.v1.OpenRequest\x1a\x1a.umbp.backend.v1.OpenReply\x12F\n" +
 	"\x06Attach\x12\x1e.umbp.backend.v1.AttachRequest\x1a\x1c.umbp.backend.v1.AttachReply\x12@\n" +
@@ -2993,7 +3134,8 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\rCloseEndpoint\x12%.umbp.backend.v1.CloseEndpointRequest\x1a#.umbp.backend.v1.CloseEndpointReply\x12U\n" +
 	"\vOpenSession\x12#.umbp.backend.v1.OpenSessionRequest\x1a!.umbp.backend.v1.OpenSessionReply\x12X\n" +
 	"\fCloseSession\x12$.umbp.backend.v1.CloseSessionRequest\x1a\".umbp.backend.v1.CloseSessionReply\x12C\n" +
-	"\x05Close\x12\x1d.umbp.backend.v1.CloseRequest\x1a\x1b.umbp.backend.v1.CloseReply\x12B\n" +
+	"\x05Close\x12\x1d.umbp.backend.v1.CloseRequest\x1a\x1b.umbp.backend.v1.CloseReply\x12L\n" +
+	"\bCounters\x12 .umbp.backend.v1.CountersRequest\x1a\x1e.umbp.backend.v1.CountersReply\x12B\n" +
 	"\x06Events\x12\x1e.umbp.backend.v1.EventsRequest\x1a\x16.umbp.backend.v1.Event0\x01\x12I\n" +
 	"\tTransfers\x12\x1a.umbp.backend.v1.HostFrame\x1a\x1c.umbp.backend.v1.PluginFrame(\x010\x01B1Z/github.com/umbp/umbp/plugin-sdk/proto/backendpbb\x06proto3"
 
@@ -3010,7 +3152,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP() []byte {
 }
 
 var file_plugin_sdk_proto_backendpb_backend_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(DataPath)(0),                // 0: umbp.backend.v1.DataPath
 	(MemoryAccess)(0),            // 1: umbp.backend.v1.MemoryAccess
@@ -3059,13 +3201,16 @@ var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(*Completion)(nil),           // 44: umbp.backend.v1.Completion
 	(*MemoryRequest)(nil),        // 45: umbp.backend.v1.MemoryRequest
 	(*MemoryReply)(nil),          // 46: umbp.backend.v1.MemoryReply
-	nil,                          // 47: umbp.backend.v1.OpenRequest.OptionsEntry
+	(*CountersRequest)(nil),      // 47: umbp.backend.v1.CountersRequest
+	(*CountersReply)(nil),        // 48: umbp.backend.v1.CountersReply
+	(*Count)(nil),                // 49: umbp.backend.v1.Count
+	nil,                          // 50: umbp.backend.v1.OpenRequest.OptionsEntry
 }
 var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	2,  // 0: umbp.backend.v1.Error.peer:type_name -> umbp.backend.v1.Peer
 	3,  // 1: umbp.backend.v1.Error.cause:type_name -> umbp.backend.v1.Error
 	2,  // 2: umbp.backend.v1.OpenRequest.self:type_name -> umbp.backend.v1.Peer
-	47, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
+	50, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
 	5,  // 4: umbp.backend.v1.OpenRequest.credentials:type_name -> umbp.backend.v1.Credentials
 	0,  // 5: umbp.backend.v1.OpenRequest.data_paths:type_name -> umbp.backend.v1.DataPath
 	1,  // 6: umbp.backend.v1.OpenRequest.memory_accesses:type_name -> umbp.backend.v1.MemoryAccess
@@ -3099,43 +3244,46 @@ var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	45, // 34: umbp.backend.v1.PluginFrame.memory:type_name -> umbp.backend.v1.MemoryRequest
 	3,  // 35: umbp.backend.v1.Completion.error:type_name -> umbp.backend.v1.Error
 	3,  // 36: umbp.backend.v1.MemoryReply.error:type_name -> umbp.backend.v1.Error
-	4,  // 37: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
-	9,  // 38: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
-	11, // 39: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
-	13, // 40: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
-	15, // 41: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
-	17, // 42: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
-	19, // 43: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
-	21, // 44: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
-	23, // 45: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
-	25, // 46: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
-	27, // 47: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
-	29, // 48: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
-	32, // 49: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
-	34, // 50: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
-	36, // 51: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
-	40, // 52: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
-	6,  // 53: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
-	10, // 54: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
-	12, // 55: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
-	14, // 56: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
-	16, // 57: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
-	18, // 58: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
-	20, // 59: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
-	22, // 60: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
-	24, // 61: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
-	26, // 62: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
-	28, // 63: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
-	31, // 64: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
-	33, // 65: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
-	35, // 66: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
-	37, // 67: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
-	43, // 68: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
-	53, // [53:69] is the sub-list for method output_type
-	37, // [37:53] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	49, // 37: umbp.backend.v1.CountersReply.counts:type_name -> umbp.backend.v1.Count
+	4,  // 38: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
+	9,  // 39: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
+	11, // 40: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
+	13, // 41: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
+	15, // 42: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
+	17, // 43: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
+	19, // 44: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
+	21, // 45: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
+	23, // 46: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
+	25, // 47: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
+	27, // 48: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
+	29, // 49: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
+	32, // 50: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
+	34, // 51: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
+	47, // 52: umbp.backend.v1.Backend.Counters:input_type -> umbp.backend.v1.CountersRequest
+	36, // 53: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
+	40, // 54: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
+	6,  // 55: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
+	10, // 56: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
+	12, // 57: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
+	14, // 58: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
+	16, // 59: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
+	18, // 60: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
+	20, // 61: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
+	22, // 62: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
+	24, // 63: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
+	26, // 64: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
+	28, // 65: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
+	31, // 66: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
+	33, // 67: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
+	35, // 68: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
+	48, // 69: umbp.backend.v1.Backend.Counters:output_type -> umbp.backend.v1.CountersReply
+	37, // 70: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
+	43, // 71: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
+	55, // [55:72] is the sub-list for method output_type
+	38, // [38:55] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_plugin_sdk_proto_backendpb_backend_proto_init() }
@@ -3162,7 +3310,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc), len(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   46,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -40,6 +40,7 @@ const (
 	Backend_OpenSession_FullMethodName   = "/umbp.backend.v1.Backend/OpenSession"
 	Backend_CloseSession_FullMethodName  = "/umbp.backend.v1.Backend/CloseSession"
 	Backend_Close_FullMethodName         = "/umbp.backend.v1.Backend/Close"
+	Backend_Counters_FullMethodName      = "/umbp.backend.v1.Backend/Counters"
 	Backend_Events_FullMethodName        = "/umbp.backend.v1.Backend/Events"
 	Backend_Transfers_FullMethodName     = "/umbp.backend.v1.Backend/Transfers"
 )
@@ -73,6 +74,8 @@ type BackendClient interface {
 	CloseSession(ctx context.Context, in *CloseSessionRequest, opts ...grpc.CallOption) (*CloseSessionReply, error)
 	// Close ends everything. The process ends after it by itself.
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseReply, error)
+	// Counters returns what the backend has counted. A plugin that counts nothing need not have it.
+	Counters(ctx context.Context, in *CountersRequest, opts ...grpc.CallOption) (*CountersReply, error)
 	// Events tells of what happens unasked. The host opens it once, after Open.
 	Events(ctx context.Context, in *EventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Event], error)
 	// Transfers is the plain data path, and the way to memory that is not mapped. The host opens it once, after Open,
@@ -228,6 +231,16 @@ func (c *backendClient) Close(ctx context.Context, in *CloseRequest, opts ...grp
 	return out, nil
 }
 
+func (c *backendClient) Counters(ctx context.Context, in *CountersRequest, opts ...grpc.CallOption) (*CountersReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CountersReply)
+	err := c.cc.Invoke(ctx, Backend_Counters_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *backendClient) Events(ctx context.Context, in *EventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Event], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Backend_ServiceDesc.Streams[0], Backend_Events_FullMethodName, cOpts...)
@@ -289,6 +302,8 @@ type BackendServer interface {
 	CloseSession(context.Context, *CloseSessionRequest) (*CloseSessionReply, error)
 	// Close ends everything. The process ends after it by itself.
 	Close(context.Context, *CloseRequest) (*CloseReply, error)
+	// Counters returns what the backend has counted. A plugin that counts nothing need not have it.
+	Counters(context.Context, *CountersRequest) (*CountersReply, error)
 	// Events tells of what happens unasked. The host opens it once, after Open.
 	Events(*EventsRequest, grpc.ServerStreamingServer[Event]) error
 	// Transfers is the plain data path, and the way to memory that is not mapped. The host opens it once, after Open,
@@ -345,6 +360,9 @@ func (UnimplementedBackendServer) CloseSession(context.Context, *CloseSessionReq
 }
 func (UnimplementedBackendServer) Close(context.Context, *CloseRequest) (*CloseReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Close not implemented")
+}
+func (UnimplementedBackendServer) Counters(context.Context, *CountersRequest) (*CountersReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Counters not implemented")
 }
 func (UnimplementedBackendServer) Events(*EventsRequest, grpc.ServerStreamingServer[Event]) error {
 	return status.Error(codes.Unimplemented, "method Events not implemented")
@@ -625,6 +643,24 @@ func _Backend_Close_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Backend_Counters_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CountersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BackendServer).Counters(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Backend_Counters_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BackendServer).Counters(ctx, req.(*CountersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Backend_Events_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(EventsRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -705,6 +741,10 @@ var Backend_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Close",
 			Handler:    _Backend_Close_Handler,
+		},
+		{
+			MethodName: "Counters",
+			Handler:    _Backend_Counters_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
