@@ -11,5 +11,7 @@ import (
 // TestConformance tries the backend against the contract, over the devices of this machine.
 func TestConformance(t *testing.T) {
 	names(t)
-	conformance.Run(t, conformance.Harness{Factory: rdma.Factory(Library()), Patience: time.Minute})
+	// An emulated machine may stand still for longer than the default timeout takes to give a peer up.
+	options := map[string]string{"timeout": "250ms"}
+	conformance.Run(t, conformance.Harness{Factory: rdma.Factory(Library()), Options: options, Patience: time.Minute})
 }
