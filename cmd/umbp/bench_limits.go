@@ -83,10 +83,10 @@ func (a *app) benchLimitsCommand() *cobra.Command {
 	}
 	cmd := &cobra.Command{
 		Use:   "limits",
-		Short: "Hold backends against memcpy, iperf3, a bare socket and Redis",
+		Short: "Hold backends against memcpy, iperf3, a bare socket, perftest and Redis",
 		Long: `limits measures what the backends reach beside what this host can do without them. Both sides take
-turns, and the figures are medians. iperf3 and Redis are used where they are installed, and plugins where they
-are beside umbp or in --plugins.dir. The control plane of umbp is direct calls here.
+turns, and the figures are medians. iperf3, perftest and Redis are used where they are installed, and plugins where
+they are beside umbp or in --plugins.dir. The control plane of umbp is direct calls here.
 
 ` + strings.Join(list, "\n"),
 		Args: noArgs,
@@ -155,6 +155,7 @@ func knownLimits(plugins config.Plugins) []limit {
 			return openAgainst(ctx, single.in(config.AsProcess), putMicros, openSame(single, putMicros))
 		},
 	}}
+	limits = append(limits, rdmaLimits(overTCP)...)
 	for _, r := range []struct {
 		backend string
 		bytes   int

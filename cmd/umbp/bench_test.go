@@ -152,7 +152,8 @@ func TestBenchSimulated(t *testing.T) {
 	const batch, pages, every = 8, 16, 32
 	for _, r := range benchTable(t, 2, "batch-put", "--backend", "rdma-simulated", "--batch", fmt.Sprint(batch),
 		"--per-item-pages", fmt.Sprint(pages), "--iters", "2",
-		"--backend-option", "wr_bytes=4KiB", "--backend-option", fmt.Sprint("signal_every=", every)) {
+		"--backend-option", "wr_bytes=4KiB", "--backend-option", fmt.Sprint("signal_every=", every),
+		"--backend-option", "probe=1h") { // a probe is a work request, too
 		completions := map[string]uint64{perPage: batch * pages, grouped: batch * pages / every}[r.Plan]
 		if !r.Simulated || r.Verified != 0 || r.WorkRequests != batch*pages || r.SGEs != batch*pages || r.Completions != completions {
 			t.Errorf("%+v: want %d work requests, and %d completions", r, batch*pages, completions)
@@ -372,6 +373,7 @@ func TestLimitsNeedPrograms(t *testing.T) {
 }
 
 func TestParseOthers(t *testing.T) {
+	perftest := func(out []byte) (float64, error) { return parsePerftest(string(out), 65536) }
 	for _, tc := range []struct {
 		name  string
 		parse func([]byte) (float64, error)
@@ -384,6 +386,9 @@ func TestParseOthers(t *testing.T) {
 		{"redis", parseRedis, "\"test\",\"rps\",\"avg_latency_ms\"\n\"SET\",\"8462.81\",\"4.513\"\n", 8462.81},
 		{"redis without a result", parseRedis, "\"test\",\"rps\"\n", 0},
 		{"redis with a warning", parseRedis, "WARNING: Could not fetch server CONFIG\n", 0},
+		{"perftest", perftest, " #bytes     #iterations    BW peak[Gb/sec]    BW average[Gb/sec]   MsgRate[Mpps]\n 65536      1000             94.08              92.80              0.177\n", 11.6},
+		{"perftest of another size", perftest, " 4096 1000 94.08 92.80 0.177\n", 0},
+		{"perftest that fails", perftest, "Couldn't connect to 127.0.0.1:18515\n", 0},
 		{"redis with no number", parseRedis, "\"test\",\"rps\"\n\"SET\",\"many\"\n", 0},
 	} {
 		got, err := tc.parse([]byte(tc.out))

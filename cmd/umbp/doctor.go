@@ -93,7 +93,9 @@ func (d *doctor) run(ctx context.Context, offline bool) error {
 		d.examine(ctx, b)
 	}
 	var failures []error
+	opened := reassure(d.cmd, "opening the backends")
 	engine, err := openEngine(ctx, d.config, processName(d.config, "doctor"), false, newLogger(d.cmd.ErrOrStderr(), quieter(d.config)))
+	opened()
 	if err != nil {
 		failures = append(failures, err)
 	} else {
