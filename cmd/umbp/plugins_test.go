@@ -30,7 +30,8 @@ func TestOptionsPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	var stdout, stderr bytes.Buffer
-	if code := run([]string{"backends", "schema", "shm", "tcp", "--markdown"}, nil, &stdout, &stderr); code != exitOK {
+	args := []string{"backends", "schema", "shm", "tcp", "rdma", "--markdown", "--plugins.dir", pluginFolder(t)}
+	if code := run(args, nil, &stdout, &stderr); code != exitOK {
 		t.Fatalf("exit code %d\n%s", code, stderr.String())
 	}
 	if diff := cmp.Diff(string(page), stdout.String()); diff != "" {

@@ -447,6 +447,33 @@ func TestFenceWaitsForTheDevice(t *testing.T) {
 	}
 }
 
+// TestFenceOfWhatStays loses a rail whose device is well, and does not destroy a queue pair that serves a peer. As long as
+// that can land bytes, no fence is done.
+func TestFenceOfWhatStays(t *testing.T) {
+	r := newRig(t, verbstest.Config{}, 4096, map[string]string{"queue_pairs": "1", "breaker_pause": "1ms"})
+	stays := r.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-b0", Times: -1, Err: syscall.EBUSY})
+	lost := r.b.rails()[0]
+	r.b.loseRail(lost, errors.New("its events cannot be had any more"))
+	eventually(t, "opening the device again", func() bool {
+		rails := r.b.rails()
+		return len(rails) == 1 && rails[0] != lost
+	})
+	wantCode(t, r.b.Fence(context.Background(), r.a.self), backend.Internal)
+	stays.Remove()
+}
+
+// TestRailThatIsClosed asks a rail where it is when its device is closed.
+func TestRailThatIsClosed(t *testing.T) {
+	r := newRig(t, verbstest.Config{}, 4096, nil)
+	rail := r.b.rails()[0]
+	if err := r.b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if rail.locate(&r.b.settings) {
+		t.Error("a closed device has moved")
+	}
+}
+
 // TestStuckMemory has a device that does not give memory back at first. Deregister can be repeated.
 func TestStuckMemory(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, nil)
