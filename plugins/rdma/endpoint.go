@@ -506,7 +506,7 @@ func (e *endpoint) halt() {
 }
 
 // destroy closes the queue pair of a lane. Its closing is what makes the memory of this end quiet, so it is tried until
-// it succeeds; only a device that has failed for good, and with that ended its work, may refuse for longer than a second.
+// it succeeds; only of a device that is spent, for half a second.
 func (e *endpoint) destroy(l *lane) {
 	pause := time.Millisecond
 	for {
@@ -514,9 +514,7 @@ func (e *endpoint) destroy(l *lane) {
 		if err == nil {
 			return
 		}
-		e.mu.Lock()
-		over := e.fatal && pause > time.Second/2
-		e.mu.Unlock()
+		over := l.poller.path.rail.spent.Load() && pause > time.Second/2
 		if pause == time.Millisecond || over {
 			e.t.log.Error("a device does not destroy a queue pair; what it has in flight is not completed until it does",
 				"backend", e.t.info.Name, "port", l.poller.path.rail.name, "peer", e.peer.String(), "queue_pair", l.num,

@@ -67,6 +67,30 @@ func TestPostWaitGivesUp(t *testing.T) {
 	r.parked(t)
 }
 
+// TestDeregisteredBeforeSubmit deregisters the local region while a transfer is being planned. It is not accepted any more,
+// so that nobody waits for one that started late.
+func TestDeregisteredBeforeSubmit(t *testing.T) {
+	r := newRig(t, verbstest.Config{}, 4096, nil)
+	planned, err := r.session.begin(&backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 1}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	gone := make(chan error)
+	go func() { gone <- r.a.Deregister(ctx, 1) }()
+	eventually(t, "the shutting of the region", r.session.near.users.isShut)
+	wantCode(t, r.endpoint.submit(planned), backend.BadRequest)
+	if err := <-gone; err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-r.endpoint.Done():
+		t.Error("the endpoint ended for a transfer that was refused")
+	default:
+	}
+}
+
 // TestLostQueue has each call fail that completions depend on. None is to be had any more: everything ends at once.
 func TestLostQueue(t *testing.T) {
 	for at, name := range map[verbstest.Point]string{verbstest.AtPoll: "poll", verbstest.AtArm: "arm", verbstest.AtWait: "wait"} {

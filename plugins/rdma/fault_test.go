@@ -1138,6 +1138,27 @@ func TestTwoRails(t *testing.T) {
 	}
 }
 
+// TestReadsAtOnce reads more than either end can have outstanding: both ends keep to the lesser of the two.
+func TestReadsAtOnce(t *testing.T) {
+	for _, c := range []struct{ initiated, served, want int }{{16, 4, 4}, {3, 16, 3}, {1, 1, 1}} {
+		l := newLink(t, verbstest.Config{Devices: []verbstest.DeviceConfig{
+			{Name: "sim-a", Attr: device.Attr{MaxReadsInitiated: c.initiated}},
+			{Name: "sim-b", Attr: device.Attr{MaxReadsServed: c.served}},
+		}}, 4*c.initiated, nil)
+		for _, q := range l.fabric.QPs("sim-a") {
+			if got := q.Send.ReadsInitiated; got != c.want {
+				t.Errorf("%+v: the initiator has %d outstanding", c, got)
+			}
+		}
+		for _, q := range l.fabric.QPs("sim-b") {
+			if got := q.Receive.ReadsServed; got != c.want {
+				t.Errorf("%+v: the target serves %d", c, got)
+			}
+		}
+		l.works(backend.Read, 4*c.initiated)
+	}
+}
+
 // TestOnePathUnproven has one of two paths fail its proof: the other one is the endpoint.
 func TestOnePathUnproven(t *testing.T) {
 	l := newLink(t, verbstest.Config{Devices: twice}, 12, nil)
@@ -1240,6 +1261,23 @@ func TestQueuePairThatStays(t *testing.T) {
 	time.Sleep(time.Millisecond)
 	if !bytes.Equal(l.near, make([]byte, len(l.near))) {
 		t.Error("bytes landed after the completion")
+	}
+}
+
+// TestQueueIsLostAndQueuePairStays is the same where no completions are to be had: that says nothing of what the device
+// still does.
+func TestQueueIsLostAndQueuePairStays(t *testing.T) {
+	l := newLink(t, verbstest.Config{}, 12, narrow())
+	l.prepare(backend.Read)
+	l.fabric.Pause("sim-a")
+	x := l.group(backend.Read, 0, 12)
+	l.post(x)
+	until(t, "posts", func() bool { return l.outstanding() == 12 })
+	l.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-a", Err: syscall.EIO, Times: 10})
+	l.fabric.LoseCQs("sim-a")
+	l.judge(x, l.done.next(t))
+	if left := l.fabric.QPs("sim-a"); len(left) != 0 {
+		t.Errorf("the memory was handed back, and there are %+v", left)
 	}
 }
 

@@ -12,8 +12,8 @@ import (
 // lane is one queue pair, with its ledger.
 //
 // Work requests are numbered in the order in which they are dealt to the lane, and the number is the ID of the work
-// request. The first numbers belong to the proofs that were read when the connection was set up, so that nothing that
-// comes late of them is taken for something else. Three numbers are the whole account:
+// request. They begin at one: zero was the proof that was read when the connection was set up, so that a completion of it
+// that comes again answers nothing. Three numbers are the whole account:
 //
 //	answered ≤ handed ≤ dealt
 //
@@ -41,9 +41,6 @@ type lane struct {
 	failed          uint64        // the work request that it answered
 }
 
-// proofs is the highest ID of a proof.
-const proofs = maxLanes
-
 // part is a run of work requests of one transfer in the ledger of a lane. Its last one is signaled.
 type part struct {
 	transfer *transfer // nil for a probe, which is one work request of no bytes
@@ -54,12 +51,10 @@ type part struct {
 }
 
 func newLane(p *poller, qp device.QP, size int) *lane {
-	l := &lane{
-		poller: p, qp: qp, num: qp.Num(), size: size, dealt: proofs, answered: proofs,
+	return &lane{
+		poller: p, qp: qp, num: qp.Num(), size: size,
 		ring: make([]part, 1<<bits.Len(uint(size-1))), // a part has one work request at least
 	}
-	l.handed.Store(proofs)
-	return l
 }
 
 func (l *lane) part(number uint64) *part { return &l.ring[number&uint64(len(l.ring)-1)] }

@@ -36,6 +36,10 @@ type rail struct {
 	lose  context.CancelCauseFunc
 	users gate
 
+	// spent is set when the device has failed, and with that ended its work, or when the backend closes. What it does not
+	// destroy then is left to it; of any other device it is tried until it succeeds.
+	spent atomic.Bool
+
 	proof  *scratch // that peers read to see that they have reached this process
 	prober *prober
 
@@ -83,8 +87,13 @@ func openRail(lib device.Library, spec railSpec, index int, generation uint32, s
 // close frees what the rail has of its own. Nobody uses the device any more.
 func (r *rail) close() error { return errors.Join(r.proof.close(), r.dev.Close()) }
 
-// locate asks the device where the rail is now, and tells whether that has changed.
+// locate asks the device where the rail is now, and tells whether that has changed. A rail that is lost is asked no more:
+// its device may be closed.
 func (r *rail) locate(s *settings) bool {
+	if !r.users.enter() {
+		return false
+	}
+	defer r.users.leave()
 	now := &station{}
 	if now.port, now.err = r.dev.Port(r.port.Number); now.err == nil {
 		var gids []device.GID

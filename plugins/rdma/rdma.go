@@ -481,6 +481,7 @@ func (t *transport) Close() error {
 	t.running.Wait()
 	rails := t.rails()
 	for _, r := range rails {
+		r.spent.Store(true)
 		r.lose(errClosed)
 	}
 	err := t.served.drop(func(*served) bool { return true })
@@ -534,6 +535,7 @@ func (t *transport) heed(r *rail, ev device.Event) {
 	own := ev.Port == r.port.Number
 	switch {
 	case ev.Kind == device.DeviceFatal:
+		r.spent.Store(true)
 		t.loseRail(r, errors.New("the device has failed ("+ev.Text+")"))
 	case ev.Kind == device.CQFailed && ev.CQ != nil && ev.CQ == r.prober.cq:
 		t.loseRail(r, errors.New("the completion queue of the connections that it serves has failed"))
@@ -605,8 +607,8 @@ func (t *transport) replace(r *rail, cause error) {
 	for _, h := range handshakes {
 		h.drop(r)
 	}
-	t.dropServed(func(c *served) bool { return c.over(r) })
-	t.memory.Lock()
+	t.vacate(r)
+	t.memory.Lock() // nothing reaches the regions over this rail any more, whether its device gives them back or not
 	for _, region := range t.regions.all() {
 		if g := region.rails[r.index].Swap(nil); g != nil {
 			if err := g.close(); err != nil {
@@ -632,6 +634,24 @@ func (t *transport) replace(r *rail, cause error) {
 			return
 		}
 		t.log.Debug("an RDMA device cannot be opened again yet", "backend", t.info.Name, "port", r.name, "error", err)
+	}
+}
+
+// vacate returns when nobody has anything of a lost rail any more. Queue pairs that serve peers, and are not destroyed at
+// once, are tried again, up to the end of the backend.
+func (t *transport) vacate(r *rail) {
+	r.users.close()
+	closing := t.ctx.Done()
+	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
+		t.dropServed(func(c *served) bool { return c.over(r) })
+		select {
+		case <-r.users.drained:
+			return
+		case <-closing:
+			r.spent.Store(true)
+			closing = nil
+		case <-time.After(pause):
+		}
 	}
 }
 

@@ -211,8 +211,7 @@ func (t *transport) fresh(r *rail) map[backend.RegionID][]uint32 {
 	return fresh
 }
 
-// close destroys the queue pairs that are left. After an error it can be called again, unless the rail is lost: then the
-// device is about to be closed, which ends them in any case.
+// close destroys the queue pairs that are left. After an error it can be called again, unless the rail is spent.
 func (l *servedLane) close() error {
 	if l.over {
 		return nil
@@ -223,7 +222,7 @@ func (l *servedLane) close() error {
 		if err != nil {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", l.rail.name, err))
 		}
-		return err == nil || l.rail.ctx.Err() != nil
+		return err == nil || l.rail.spent.Load()
 	})
 	if l.over = len(l.qps) == 0; l.over {
 		l.rail.users.leave()

@@ -447,19 +447,28 @@ func TestFenceWaitsForTheDevice(t *testing.T) {
 	}
 }
 
-// TestFenceOfWhatStays loses a rail whose device is well, and does not destroy a queue pair that serves a peer. As long as
-// that can land bytes, no fence is done.
+// TestFenceOfWhatStays loses a rail whose device is well, and does not destroy the queue pairs that serve a peer. As long
+// as they are there no fence is done, and the device is not opened again.
 func TestFenceOfWhatStays(t *testing.T) {
-	r := newRig(t, verbstest.Config{}, 4096, map[string]string{"queue_pairs": "1", "breaker_pause": "1ms"})
-	stays := r.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-b0", Times: -1, Err: syscall.EBUSY})
+	r := newRig(t, verbstest.Config{}, 4096, map[string]string{"breaker_pause": "1ms"})
+	stay := r.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-b0", Times: -1, Err: syscall.EBUSY})
 	lost := r.b.rails()[0]
 	r.b.loseRail(lost, errors.New("its events cannot be had any more"))
+	eventually(t, "trying to destroy them", func() bool { return stay.Hits() >= 3*len(r.fabric.QPs("sim-b0")) })
+	if err := r.b.Fence(context.Background(), r.a.self); err == nil {
+		t.Errorf("the fence is done, and there are %+v", r.fabric.QPs("sim-b0"))
+	}
+	stay.Remove()
 	eventually(t, "opening the device again", func() bool {
 		rails := r.b.rails()
 		return len(rails) == 1 && rails[0] != lost
 	})
-	wantCode(t, r.b.Fence(context.Background(), r.a.self), backend.Internal)
-	stays.Remove()
+	if err := r.b.Fence(context.Background(), r.a.self); err != nil {
+		t.Error(err)
+	}
+	if left := r.fabric.QPs("sim-b0"); len(left) != 0 {
+		t.Errorf("after it there are %+v", left)
+	}
 }
 
 // TestRailThatIsClosed asks a rail where it is when its device is closed.

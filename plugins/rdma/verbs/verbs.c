@@ -40,7 +40,12 @@ static void *find(struct umbp_verbs *v, void *lib, const char *name)
 int umbp_load(struct umbp_verbs *v, const char *name)
 {
 	Dl_info info;
-	void *lib = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+	void *lib;
+
+	// Once the kernel has taken a device away, all that was made of it is gone, and to destroy that again has to
+	// succeed. Without this, the library answers EIO for ever. It reads the variable as it is loaded.
+	setenv("RDMAV_ALLOW_DISASSOC_DESTROY", "1", 0);
+	lib = dlopen(name, RTLD_NOW | RTLD_LOCAL);
 	if (!lib) {
 		snprintf(v->missing, sizeof v->missing, "%s", dlerror());
 		return ENOENT;
