@@ -349,7 +349,10 @@ func cancelRace(r *rig) {
 }
 
 func cancelEarly(r *rig) {
-	const rounds = 30
+	const (
+		rounds = 30
+		enough = 10 // a few rounds may all have come too late, where a transfer is over as soon as it is posted
+	)
 	for _, op := range r.ops() {
 		near, far := r.initiator.area(large, 0), r.target.area(large, allRights)
 		tried := 0
@@ -379,7 +382,7 @@ func cancelEarly(r *rig) {
 				tried++
 			}
 		}
-		if tried > 0 && tried <= rounds {
+		if tried >= enough && tried <= rounds {
 			r.Errorf("in %d rounds of cancelling several transfers of %d bytes in flight, each was carried out in full", tried, large)
 		}
 	}
