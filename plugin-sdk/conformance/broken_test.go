@@ -125,7 +125,10 @@ func TestDefectsAreCaught(t *testing.T) {
 				return remote
 			},
 		}},
-		{"keeps no window", "window/busy", "Capabilities.Window is 1", &lab{window: 1}},
+		{"keeps no window", "window/busy", "Capabilities.Window is 1", &lab{
+			window: 1,
+			post:   func(s *session, t backend.Transfer) error { return s.delayed(t) },
+		}},
 		{"completes what it cancels at once", "cancel/quiet", "got after the completion", &lab{
 			post: func(s *session, t backend.Transfer) error { return s.delayed(t) },
 			cancel: func(s *session, cookie uint64) {
@@ -505,8 +508,13 @@ func TestDefectsAreCaught(t *testing.T) {
 	} {
 		catches[d.caught] = true
 		t.Run(d.name, func(t *testing.T) {
-			r := d.lab.try(t, d.caught)
-			if r.Verdict != conformance.Fail || !strings.Contains(r.Detail, d.saying) {
+			var r conformance.Result
+			shows := func() bool { return r.Verdict == conformance.Fail && strings.Contains(r.Detail, d.saying) }
+			// Some defects are races: whether one shows depends on who runs when.
+			for try := 0; try < 3 && !shows(); try++ {
+				r = d.lab.try(t, d.caught)
+			}
+			if !shows() {
 				t.Errorf("%s does not fail with %q but ends with %s: %s", d.caught, d.saying, r.Verdict, r.Detail)
 			}
 		})
@@ -623,6 +631,7 @@ type region struct {
 func (l *lab) try(t *testing.T, name string) conformance.Result {
 	t.Helper()
 	l.regions, l.latest, l.ended = map[where]region{}, map[string]backend.Peer{}, make(chan struct{})
+	l.endpoints, l.idle, l.files, l.lent = nil, nil, nil, nil
 	defer func() {
 		close(l.ended)
 		l.tasks.Wait()
