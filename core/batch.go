@@ -78,7 +78,7 @@ func (c *PoolClient) call(ctx context.Context, op op, items []Item, f func(ctx c
 	}
 	defer end()
 	f(ctx, b)
-	c.stats.finish(op, results)
+	c.stats.finish(op, items, results)
 	return results
 }
 
@@ -239,6 +239,16 @@ func (b *batch) eachPart(f func(p *part)) {
 	}
 }
 
+// checkMemory refuses the items that name no memory that could be used.
+func (b *batch) checkMemory(op string) {
+	for _, i := range b.todo {
+		if err := b.items[i].check(b.client.engine); err != nil {
+			b.fail(op, i, err)
+		}
+	}
+	b.todo = b.alive(b.todo)
+}
+
 // hold keeps a local region from being deregistered as long as the batch lasts.
 func (b *batch) hold(r *region.Region) error {
 	for i := len(b.held) - 1; i >= 0; i-- {
@@ -253,11 +263,23 @@ func (b *batch) hold(r *region.Region) error {
 	return nil
 }
 
-// find returns the place of memory that is registered, and whether it is. The region is held.
-func (b *batch) find(memory []byte) (at place, ok bool, err error) {
-	r, offset, ok := b.client.engine.regions.Find(memory)
-	if !ok {
+// find returns the place of an item's memory if that is registered, and whether it is. The region is held.
+func (b *batch) find(item *Item) (at place, ok bool, err error) {
+	regions := b.client.engine.regions
+	if buffer := item.At.buffer; buffer != nil {
+		r, ok := regions.Get(buffer.region.ID)
+		if !ok {
+			return place{}, false, backend.Errorf(backend.BadRequest, "the buffer (region %d) is closed", buffer.region.ID)
+		}
+		return place{region: r, offset: item.At.offset}, true, b.hold(r)
+	}
+	r, offset, ok := regions.Find(item.Value)
+	switch {
+	case !ok:
 		return place{}, false, nil
+	case r.GPU != nil:
+		return place{}, false, backend.Errorf(backend.BadRequest,
+			"the value lies in the memory of GPU %s (region %d), which the processor cannot address: name it by Item.At", r.GPU.Device, r.ID)
 	}
 	return place{region: r, offset: offset}, true, b.hold(r)
 }

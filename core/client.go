@@ -161,7 +161,7 @@ func (c *PoolClient) Tune(t Tuning) {
 	c.tuning.Store(&t)
 }
 
-// Buffer is memory that the client has allocated and registered: values in it move without being copied.
+// Buffer is registered memory, allocated by the client or the caller's: values in it move without being copied.
 type Buffer struct {
 	client *PoolClient
 	arena  *region.Arena
@@ -187,8 +187,33 @@ func (c *PoolClient) Register(ctx context.Context, memory []byte) (*Buffer, erro
 	return &Buffer{client: c, region: r}, nil
 }
 
-// Bytes returns the memory of the buffer.
+// RegisterGPU makes a range of a GPU's memory a buffer. The range carries its address in this process, as
+// gpu.Runtime.Describe fills it in. The memory must stay allocated until Close has returned. Backends that cannot use it
+// are not chosen for it; when none can, it is refused with the reasons.
+func (c *PoolClient) RegisterGPU(ctx context.Context, memory backend.GPURange) (*Buffer, error) {
+	r, err := c.engine.Register(ctx, gpuRegion(&memory, 0))
+	if err != nil {
+		return nil, err
+	}
+	return &Buffer{client: c, region: r}, nil
+}
+
+// gpuRegion returns a region of a GPU's memory, with a description of its own.
+func gpuRegion(memory *backend.GPURange, rights backend.Rights) *region.Region {
+	own := *memory
+	own.Handle = slices.Clone(memory.Handle)
+	return &region.Region{Kind: backend.GPUMemory, Rights: rights, GPU: &own, FD: -1}
+}
+
+// Bytes returns the memory of the buffer; nil for a GPU's, which the processor cannot address.
 func (b *Buffer) Bytes() []byte { return b.region.Bytes }
+
+// Size returns the size of the buffer in bytes.
+func (b *Buffer) Size() uint64 { return b.region.Size() }
+
+// At returns the range of length bytes from offset on, for Item.At. A range that is not in the buffer is refused when it
+// is used.
+func (b *Buffer) At(offset, length uint64) Range { return Range{b, offset, length} }
 
 // Close deregisters the buffer, after what is in flight on it has been cancelled, and frees memory that Alloc
 // allocated. On an error the memory is still registered.

@@ -46,6 +46,8 @@ type shape struct {
 	backends []backend.Factory
 	// wrap, if not nil, wraps a backend of one engine: "node-0", "node-1", ... or "client".
 	wrap func(owner, name string, b backend.Backend) backend.Backend
+	// pool, if not nil, says where the pool of a node lies, unless that is the memory of the host.
+	pool func(node string) *backend.GPURange
 	// dial, if not nil, wraps the way to a node's control plane.
 	dial func(peer.Service) peer.Service
 	// directory, if not nil, wraps the directory that clients see.
@@ -92,10 +94,16 @@ func newCluster(tb testing.TB, s shape) *cluster {
 
 func (c *cluster) addNode(name string) *core.Node {
 	c.tb.Helper()
-	node, err := core.NewNode(c.tb.Context(), c.newEngine(name), core.NodeOptions{
+	opts := core.NodeOptions{
 		Directory: c.dir, Address: name + ":1", PoolSize: c.shape.poolSize, PageSize: c.shape.pageSize,
 		HugePages: region.HugePagesOff, Limits: c.shape.limits,
-	})
+	}
+	if c.shape.pool != nil {
+		if opts.GPU = c.shape.pool(name); opts.GPU != nil {
+			opts.PoolSize = 0
+		}
+	}
+	node, err := core.NewNode(c.tb.Context(), c.newEngine(name), opts)
 	if err != nil {
 		c.tb.Fatal(err)
 	}

@@ -10,6 +10,10 @@
 // transfers; package selector chooses a backend for each group; package dispatch posts the groups, sees to what
 // fails, and reports by segment. Segments become results by key: the good are committed, the bad aborted.
 //
+// Memory is the host's or a GPU's. A program registers a range of a GPU's memory with PoolClient.RegisterGPU and names
+// values in it by Item.At; a node's pool lies in one with NodeOptions.GPU. This package never touches such bytes: backends
+// that claim them move them.
+//
 //	client, err := core.NewPoolClient(core.ClientOptions{Engine: engine, Directory: dir, Dial: dial})
 //	buf, err := client.Alloc(ctx, 64<<20)        // registered memory: values in it move without a copy
 //	results := client.BatchPut(ctx, []core.Item{{Key: "a", Value: buf.Bytes()[:1<<20]}})

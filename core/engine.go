@@ -134,10 +134,11 @@ func (e *Engine) Counters(name string) *dispatch.Counters {
 }
 
 // Register makes memory usable for transfers, and returns the region as it is from then on. The region given says
-// what the memory is; it must not be used afterwards. A backend that cannot use the memory leaves no key, and is
-// not chosen for it; when no backend can, the region is refused with all their reasons. A backend whose process is being
-// started anew is waited for, a few seconds long; one that is down then, will not use the region either when it is up
-// again. The memory must stay mapped until Deregister has returned.
+// what the memory is; it must not be used afterwards. A backend that does not claim memory of that kind is not asked. One
+// that cannot use the memory leaves no key, and is not chosen for it; when no backend can, the region is refused with all
+// their reasons. A backend whose process is being started anew is waited for, a few seconds long; one that is down then,
+// will not use the region either when it is up again. The memory must stay mapped, or allocated where it is a GPU's, until
+// Deregister has returned.
 func (e *Engine) Register(ctx context.Context, r *region.Region) (*region.Region, error) {
 	if err := e.regions.Add(r); err != nil {
 		return nil, err
@@ -148,6 +149,11 @@ func (e *Engine) Register(ctx context.Context, r *region.Region) (*region.Region
 	for _, b := range e.backends {
 		if b.Backend == nil {
 			absent = append(absent, fmt.Errorf("%s is not to be had: %w", b.Name, b.Err))
+			continue
+		}
+		if caps := b.Backend.Info().Capabilities; !caps.Local.Has(r.Kind) && !caps.Remote.Has(r.Kind) {
+			absent = append(absent, &backend.Error{Code: backend.Unsupported, Op: "register", Backend: b.Name, Region: id,
+				Text: fmt.Sprintf("memory of kind %s is not claimed", r.Kind)})
 			continue
 		}
 		key, err := registerWith(ctx, &b, r.Memory())

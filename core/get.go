@@ -19,7 +19,7 @@ func (c *PoolClient) Get(ctx context.Context, key string, into []byte) Result {
 }
 
 // BatchGet reads values and returns what became of each, in order. The Size of a result that is Found says how
-// much of Item.Value was filled. Bytes beyond it are untouched; after any other result, the content of Value is
+// much of the item's memory was filled. Bytes beyond it are untouched; after any other result, its content is
 // undefined. Items whose memory overlaps are refused.
 //
 // A value is never another's and never half of one: bytes whose checksum is wrong, or which may have been replaced
@@ -31,6 +31,7 @@ func (c *PoolClient) BatchGet(ctx context.Context, items []Item) []Result {
 }
 
 func (b *batch) get(ctx context.Context) {
+	b.checkMemory("get")
 	b.refuseOverlaps()
 	for len(b.todo) > 0 {
 		moved := b.getWave(ctx)
@@ -51,7 +52,7 @@ func (b *batch) refuseOverlaps() {
 	var last uintptr
 	rising := true
 	for _, i := range b.todo {
-		start, end := extent(b.items[i].Value)
+		start, end := b.items[i].extent()
 		rising = rising && last <= start
 		last = end
 	}
@@ -60,14 +61,14 @@ func (b *batch) refuseOverlaps() {
 	}
 	order := append(b.order[:0], b.todo...)
 	slices.SortFunc(order, func(i, j uint32) int {
-		first, _ := extent(b.items[i].Value)
-		second, _ := extent(b.items[j].Value)
+		first, _ := b.items[i].extent()
+		second, _ := b.items[j].extent()
 		return cmp.Compare(first, second)
 	})
 	furthest := order[0]
 	for _, i := range order[1:] {
-		_, last = extent(b.items[furthest].Value)
-		start, end := extent(b.items[i].Value)
+		_, last = b.items[furthest].extent()
+		start, end := b.items[i].extent()
 		if start < last && start < end {
 			err := backend.Errorf(backend.BadRequest, "the memory of %q overlaps that of %q", b.items[furthest].Key, b.items[i].Key)
 			b.fail("get", furthest, err)
@@ -108,7 +109,7 @@ func (b *batch) getWave(ctx context.Context) (moved bool) {
 // findMemory finds the items whose memory is registered, and fails those for which it is no more.
 func (b *batch) findMemory() {
 	for _, i := range b.todo {
-		at, ok, err := b.find(b.items[i].Value)
+		at, ok, err := b.find(&b.items[i])
 		if err != nil {
 			b.fail("get", i, err)
 		} else if ok {
@@ -235,9 +236,9 @@ func (p *part) gone(op string) bool {
 // stageGet finds the memory that the item's bytes move into.
 func (p *part) stageGet(i uint32, size uint64) bool {
 	b, c := p.batch, p.batch.client
-	value, at := b.items[i].Value, &b.places[i]
-	if size > uint64(len(value)) {
-		b.fail("get", i, backend.Errorf(backend.BadRequest, "the value has %d bytes, and the memory given only %d", size, len(value)))
+	have, at := b.items[i].size(), &b.places[i]
+	if size > have {
+		b.fail("get", i, backend.Errorf(backend.BadRequest, "the value has %d bytes, and the memory given only %d", size, have))
 		return false
 	}
 	if at.region != nil && (!at.staged || at.length >= size) {
@@ -265,11 +266,12 @@ func (p *part) endLease(ctx context.Context) error {
 		p.releaseSoon(ctx)
 		return p.leaseRanOut()
 	}
-	checked := p.batch.tuning.Verify == VerifyAll
-	for k := range p.resolved.Values {
-		checked = checked && (p.resolved.Values[k].Status != peer.OK || p.resolved.Values[k].HasChecksum)
+	all, checked := p.batch.tuning.Verify == VerifyAll, true
+	for k, i := range p.items {
+		v := &p.resolved.Values[k]
+		checked = checked && (v.Status != peer.OK || all && v.HasChecksum && p.batch.items[i].addressable())
 	}
-	if checked || p.resolved.Lease == 0 {
+	if checked {
 		p.releaseSoon(ctx)
 		return nil
 	}
@@ -360,10 +362,10 @@ func (p *part) finishGet(lease error) {
 	parallel(len(p.items), bytes, func(k int) {
 		i := p.items[k]
 		v, result, at := &p.resolved.Values[k], &b.results[i], &b.places[i]
-		if result.Status != Found {
+		if result.Status != Found || !b.items[i].addressable() {
 			return
 		}
-		value := b.items[i].Value[:v.Size]
+		value := b.items[i].bytes()[:v.Size]
 		if at.staged {
 			copy(value, at.region.Bytes[at.offset:at.offset+v.Size])
 		}

@@ -13,14 +13,18 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
-// NodeOptions says what a node lends. Directory, PoolSize and PageSize are required.
+// NodeOptions says what a node lends. Directory and PageSize are required, and PoolSize or GPU.
 type NodeOptions struct {
 	Directory directory.Directory
 	Address   string // of the node's control plane as peers dial it, host:port
 	PoolSize  uint64 // bytes, a whole number of pages
 	PageSize  uint64 // bytes
 	HugePages region.HugePages
-	Limits    peer.Limits
+	// GPU is a range of a GPU's memory for the pool to lie in, with its address in this process, instead of memory of the
+	// host that NewNode allocates. PoolSize is zero then, or the size of the range. The memory stays the caller's, and
+	// allocated until Close has returned.
+	GPU    *backend.GPURange
+	Limits peer.Limits
 	// Progress is told how much of the pool is populated. May be nil.
 	Progress func(done, total uint64)
 	Log      backend.Logger // may be nil
@@ -30,31 +34,42 @@ type NodeOptions struct {
 type Node struct {
 	*peer.Node
 	engine *Engine
-	arena  *region.Arena
+	arena  *region.Arena // nil where the pool lies in a GPU's memory
 	region *region.Region
 }
 
 // NewNode allocates and registers the memory of a node. Start makes it a member of the directory; Close ends it,
 // before the engine.
 func NewNode(ctx context.Context, engine *Engine, opts NodeOptions) (*Node, error) {
+	if g := opts.GPU; g != nil {
+		if opts.PoolSize != 0 && opts.PoolSize != g.Size {
+			return nil, backend.Errorf(backend.BadRequest, "a pool of %d bytes is not the %d bytes of GPU memory that it is to lie in", opts.PoolSize, g.Size)
+		}
+		opts.PoolSize = g.Size
+	}
 	if opts.PageSize == 0 || opts.PoolSize == 0 || opts.PoolSize%opts.PageSize != 0 {
 		return nil, backend.Errorf(backend.BadRequest, "a pool of %d bytes is no whole number of pages of %d", opts.PoolSize, opts.PageSize)
 	}
-	arena, err := region.NewArena("umbp-pool", opts.PoolSize, region.ArenaOptions{
-		HugePages: opts.HugePages, Context: ctx, Progress: opts.Progress,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("allocate the pool: %w", err)
+	n := &Node{engine: engine}
+	const rights = backend.RemoteRead | backend.RemoteWrite
+	var pool *region.Region
+	var err error
+	if opts.GPU != nil {
+		pool = gpuRegion(opts.GPU, rights)
+	} else {
+		n.arena, err = region.NewArena("umbp-pool", opts.PoolSize, region.ArenaOptions{
+			HugePages: opts.HugePages, Context: ctx, Progress: opts.Progress,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("allocate the pool: %w", err)
+		}
+		pool = &region.Region{Kind: backend.HostMemory, Rights: rights, Bytes: n.arena.Bytes(), FD: n.arena.FD()}
 	}
-	r, err := engine.Register(ctx, &region.Region{
-		Kind: backend.HostMemory, Rights: backend.RemoteRead | backend.RemoteWrite, Bytes: arena.Bytes(), FD: arena.FD(),
-	})
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("register the pool: %w", err), arena.Close())
+	if n.region, err = engine.Register(ctx, pool); err != nil {
+		return nil, errors.Join(fmt.Errorf("register the pool: %w", err), n.freeArena())
 	}
-	n := &Node{engine: engine, arena: arena, region: r}
 	n.Node, err = peer.NewNode(peer.Options{
-		Fabric: poolFabric{engine, r.ID}, Directory: opts.Directory, Address: opts.Address, PageSize: opts.PageSize, Limits: opts.Limits, Log: opts.Log,
+		Fabric: poolFabric{engine, n.region.ID}, Directory: opts.Directory, Address: opts.Address, PageSize: opts.PageSize, Limits: opts.Limits, Log: opts.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, n.free(ctx))
@@ -89,8 +104,13 @@ func (f poolFabric) Answer(ctx context.Context, from backend.Peer, backendName s
 // Engine returns the engine that the node stands on.
 func (n *Node) Engine() *Engine { return n.engine }
 
-// HugePages says what kind of pages the pool lies on.
-func (n *Node) HugePages() string { return n.arena.HugePages() }
+// HugePages says what kind of pages the pool lies on; nothing where it lies in a GPU's memory.
+func (n *Node) HugePages() string {
+	if n.arena == nil {
+		return ""
+	}
+	return n.arena.HugePages()
+}
 
 // Close leaves the directory, ends the node's goroutines, and frees the pool once nothing can touch it any more.
 func (n *Node) Close(ctx context.Context) error {
@@ -100,6 +120,13 @@ func (n *Node) Close(ctx context.Context) error {
 func (n *Node) free(ctx context.Context) error {
 	if err := n.engine.Deregister(ctx, n.region.ID); err != nil {
 		return err
+	}
+	return n.freeArena()
+}
+
+func (n *Node) freeArena() error {
+	if n.arena == nil {
+		return nil
 	}
 	return n.arena.Close()
 }

@@ -62,7 +62,9 @@ func (e *Engine) RestartBackend(ctx context.Context, name string) error {
 	case b.Process == nil:
 		return refuse("it is linked into this node, and has no process of its own: restart the node, or run the backend with mode: process")
 	}
-	return b.Process.Restart(ctx)
+	err := b.Process.Restart(ctx)
+	e.selector.Restarted(i)
+	return err
 }
 
 // drainTimeout bounds the wait for the transfers that are under way by a backend that is disabled.

@@ -66,7 +66,7 @@ func (p *part) reset() {
 func (p *part) add(i uint32, item *Item) {
 	p.items = append(p.items, i)
 	p.keys = append(p.keys, item.Key)
-	p.sizes = append(p.sizes, uint64(len(item.Value)))
+	p.sizes = append(p.sizes, item.size())
 }
 
 // callTimeout bounds a call to a node that nothing has been promised for yet: a node that does not answer leaves time

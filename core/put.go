@@ -9,6 +9,8 @@ import (
 
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/peer"
+	"github.com/umbp/umbp/core/region"
+	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
@@ -29,11 +31,11 @@ func (c *PoolClient) BatchPut(ctx context.Context, items []Item) []Result {
 
 func (b *batch) put(ctx context.Context) {
 	for _, i := range b.todo {
-		if len(b.items[i].Value) == 0 {
+		if b.items[i].size() == 0 {
 			b.fail("put", i, backend.Errorf(backend.BadRequest, "the value is empty"))
 		}
 	}
-	b.todo = b.alive(b.todo)
+	b.checkMemory("put")
 	for len(b.todo) > 0 && b.stagePut(ctx) {
 		b.putWave(ctx)
 		if err := b.over(ctx); err != nil {
@@ -55,8 +57,8 @@ func (b *batch) stagePut(ctx context.Context) bool {
 			b.later = append(b.later, b.todo[n:]...)
 			break
 		}
-		value := b.items[i].Value
-		at, ok, err := b.find(value)
+		item := &b.items[i]
+		at, ok, err := b.find(item)
 		if err != nil {
 			b.fail("put", i, err)
 			continue
@@ -66,9 +68,9 @@ func (b *batch) stagePut(ctx context.Context) bool {
 		} else if c.staging == nil {
 			b.fail("put", i, errNoStaging)
 			continue
-		} else if offset, ok := c.staging.TryAcquire(uint64(len(value))); ok {
-			b.places[i] = place{region: c.stagingRegion, offset: offset, length: uint64(len(value)), staged: true}
-			copied += uint64(len(value))
+		} else if offset, ok := c.staging.TryAcquire(item.size()); ok {
+			b.places[i] = place{region: c.stagingRegion, offset: offset, length: item.size(), staged: true}
+			copied += item.size()
 		} else {
 			b.later = append(b.later, i)
 			continue
@@ -78,7 +80,7 @@ func (b *batch) stagePut(ctx context.Context) bool {
 	for len(b.wave) == 0 && len(b.later) > 0 {
 		i := b.later[0]
 		b.later = b.later[1:]
-		n := uint64(len(b.items[i].Value))
+		n := b.items[i].size()
 		offset, err := c.staging.Acquire(ctx, n)
 		if err != nil {
 			b.fail("put", i, err)
@@ -103,13 +105,16 @@ func (b *batch) stagePut(ctx context.Context) bool {
 	return len(b.wave) > 0
 }
 
-// putWave puts the items of the wave, and those that their nodes could not take once more without these nodes.
+// putWave puts the items of the wave, and those that their nodes could not take once more without these nodes. Items that no
+// backend can carry to one node are put as often as there is another: that says nothing of the next, which may lend other
+// memory. Each round excludes another node, of which there are no more than directory.MaxNodes.
 func (b *batch) putWave(ctx context.Context) {
 	wave := b.wave
 	b.exclude = b.exclude[:0] // another value may well find room where the last one did not
 	b.putRound(ctx)
-	if len(b.wave) > 0 && ctx.Err() == nil && !b.unusable {
+	for len(b.wave) > 0 && ctx.Err() == nil && !b.unusable {
 		b.putRound(ctx)
+		b.wave = slices.DeleteFunc(b.wave, func(i uint32) bool { return backend.CodeOf(b.results[i].Err) != backend.Unsupported })
 	}
 	b.wave = wave
 	if !b.unusable {
@@ -122,7 +127,7 @@ func (b *batch) putWave(ctx context.Context) {
 // putRound places the items of the wave and lets each node's part put its own. Items that another node may take are
 // left in the wave, with the nodes that could not in exclude.
 func (b *batch) putRound(ctx context.Context) {
-	if err := b.askPlaces(ctx, func(i uint32) uint64 { return uint64(len(b.items[i].Value)) }); err != nil {
+	if err := b.askPlaces(ctx, func(i uint32) uint64 { return b.items[i].size() }); err != nil {
 		b.failAll("put", b.wave, err)
 		b.wave = nil
 		return
@@ -136,7 +141,7 @@ func (b *batch) putRound(ctx context.Context) {
 		case at.Node == directory.NoNode && result.Err == nil:
 			result.Status = NoSpace
 			result.Err = &keyError{"put", b.items[i].Key, backend.Errorf(backend.Busy,
-				"no node can hold %d bytes: start a node, or one with a larger pool.size", len(b.items[i].Value))}
+				"no node can hold %d bytes: start a node, or one with a larger pool.size", b.items[i].size())}
 		case at.Node == directory.NoNode:
 			// What the node before said stands.
 		default:
@@ -177,6 +182,9 @@ func (p *part) put(ctx context.Context) {
 		p.again = append(p.again, p.items...)
 		return
 	}
+	if len(p.items) == 0 {
+		return
+	}
 	p.meetRegions()
 	for k, i := range p.items {
 		slot := &p.allocated.Slots[k]
@@ -196,6 +204,9 @@ func (p *part) put(ctx context.Context) {
 
 func (p *part) allocate(ctx context.Context) {
 	p.ask(ctx, func(ctx context.Context) error {
+		if p.leaveUnreachable(); len(p.items) == 0 {
+			return nil
+		}
 		req := peer.AllocateRequest{
 			Client: p.batch.client.engine.Self(), To: p.node.peer.Incarnation, Keys: p.keys, Sizes: p.sizes,
 		}
@@ -208,6 +219,46 @@ func (p *part) allocate(ctx context.Context) {
 		p.ttl = p.allocated.TTL
 		return nil
 	})
+}
+
+// leaveUnreachable leaves to other nodes the items that no backend can carry to this one. It is not asked for slots for
+// them, since it might evict values for what never comes.
+func (p *part) leaveUnreachable() {
+	b := p.batch
+	var total uint64
+	for _, size := range p.sizes {
+		total += size
+	}
+	var local *region.Region
+	var err error
+	kept := 0
+	for k, i := range p.items {
+		if b.places[i].region != local {
+			local = b.places[i].region
+			err = p.unreachable(local, total)
+		}
+		if err != nil {
+			b.fail("put", i, err)
+			p.again = append(p.again, i)
+			continue
+		}
+		p.items[kept], p.keys[kept], p.sizes[kept] = i, p.keys[k], p.sizes[k]
+		kept++
+	}
+	p.items, p.keys, p.sizes = p.items[:kept], p.keys[:kept], p.sizes[:kept]
+}
+
+// unreachable returns why nothing of up to so many bytes can be written from a local region to the node, or nil.
+func (p *part) unreachable(local *region.Region, bytes uint64) (err error) {
+	for k := range p.node.regions {
+		err = p.batch.client.engine.selector.Unreachable(selector.Query{
+			Local: local, Remote: &p.node.regions[k], Op: backend.Write, Bytes: bytes, Now: p.begun,
+		})
+		if err == nil {
+			return nil
+		}
+	}
+	return err
 }
 
 // refused enters the result of an item that got no slot.
@@ -226,8 +277,9 @@ func (p *part) refused(k int, status peer.Status) {
 	}
 }
 
-// checksums computes the checksums of the values that are about to move, beside the move when there is much of
-// them: the values stand still until the call returns. The function returned waits for them.
+// checksums computes the checksums of the values that are about to move, where the processor can address them, beside
+// the move when there is much of them: the values stand still until the call returns. The function returned waits for
+// them.
 func (p *part) checksums() (wait func()) {
 	b := p.batch
 	if b.tuning.Verify == VerifyOff {
@@ -236,14 +288,14 @@ func (p *part) checksums() (wait func()) {
 	var bytes uint64
 	p.summed = p.summed[:0]
 	for k, i := range p.items {
-		if p.allocated.Slots[k].Status == peer.OK && b.results[i].Err == nil {
+		if p.allocated.Slots[k].Status == peer.OK && b.results[i].Err == nil && b.items[i].addressable() {
 			p.summed = append(p.summed, i)
 			bytes += p.sizes[k]
 		}
 	}
 	sum := func() {
 		start := time.Now()
-		parallel(len(p.summed), bytes, func(n int) { b.sums[p.summed[n]] = xxh3.Hash(b.items[p.summed[n]].Value) })
+		parallel(len(p.summed), bytes, func(n int) { b.sums[p.summed[n]] = xxh3.Hash(b.items[p.summed[n]].bytes()) })
 		b.client.stats.verify.Add(time.Since(start))
 	}
 	const worthAGoroutine = 1 << 20
@@ -283,7 +335,7 @@ func (p *part) conclude(ctx context.Context) {
 		case slot.Status != peer.OK:
 		case b.results[i].Err == nil:
 			p.commit.Slots = append(p.commit.Slots, peer.CommitSlot{
-				ID: slot.ID, Checksum: b.sums[i], HasChecksum: b.tuning.Verify != VerifyOff,
+				ID: slot.ID, Checksum: b.sums[i], HasChecksum: b.tuning.Verify != VerifyOff && b.items[i].addressable(),
 			})
 		default:
 			p.abort.Slots = append(p.abort.Slots, slot.ID)

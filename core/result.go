@@ -6,14 +6,71 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
-// Item is one value of a batch. A put reads Value; a get fills it from its start and needs it as long as the value
-// or longer. Value belongs to the client until the call has returned.
+// Item is one value of a batch. A put reads its memory; a get fills that from its start and needs it as long as the value
+// or longer. The memory is Value, or At: one of the two. It belongs to the client until the call has returned.
 //
 // A Value that lies wholly in one registered region moves straight from or to where it is. Any other is copied
 // through the client's staging memory, or refused where the options say so.
+//
+// At names a range of a Buffer, of any kind of memory. It is the only way to name a GPU's, which has no bytes that the
+// processor could address: the client neither makes nor compares checksums of values that lie there. What makes such a
+// get right is that the node holds the value under a lease until it has been read, and says so.
 type Item struct {
 	Key   string
 	Value []byte
+	At    Range
+}
+
+// Range is a piece of a Buffer: see Buffer.At. The zero value is none.
+type Range struct {
+	buffer         *Buffer
+	offset, length uint64 // bytes
+}
+
+// size returns how many bytes of memory the item names.
+func (i *Item) size() uint64 {
+	if i.At.buffer != nil {
+		return i.At.length
+	}
+	return uint64(len(i.Value))
+}
+
+// addressable tells whether the processor can address the item's memory.
+func (i *Item) addressable() bool { return i.At.buffer == nil || i.At.buffer.region.GPU == nil }
+
+// bytes returns the item's memory, which is addressable, and whose range has been checked.
+func (i *Item) bytes() []byte {
+	if b := i.At.buffer; b != nil {
+		return b.region.Bytes[i.At.offset:][:i.At.length]
+	}
+	return i.Value
+}
+
+// extent returns the addresses of the first byte of the item's memory and of the byte after its last.
+func (i *Item) extent() (start, end uintptr) {
+	if b := i.At.buffer; b != nil {
+		start, _ = b.region.Extent()
+		start += uintptr(i.At.offset)
+		return start, start + uintptr(i.At.length)
+	}
+	return extent(i.Value)
+}
+
+// check says what is wrong with what the item names as its memory.
+func (i *Item) check(e *Engine) error {
+	b := i.At.buffer
+	switch {
+	case b == nil:
+		return nil
+	case i.Value != nil:
+		return backend.Errorf(backend.BadRequest, "the item has Value and At: set one of them")
+	case b.client.engine != e:
+		return backend.Errorf(backend.BadRequest, "the item's range is of a buffer that another engine has registered")
+	}
+	if size := b.Size(); i.At.length > size || i.At.offset > size-i.At.length {
+		return backend.Errorf(backend.BadRequest, "range [%d, +%d) is not in the buffer of %d bytes", i.At.offset, i.At.length, size)
+	}
+	return nil
 }
 
 // Status is what became of one key.
@@ -69,7 +126,7 @@ type Result struct {
 	Status   Status
 	Err      error  // not nil for Failed, Busy, NoSpace and InDoubt; carries a backend.Code
 	Size     uint64 // bytes of the value, where it is known
-	Verified bool   // get: the checksum of the bytes was compared with the writer's
+	Verified bool   // get: the checksum of the bytes was compared with the writer's; never where these lie in a GPU's memory
 	Path     Path
 }
 

@@ -115,7 +115,7 @@ func (s *Session) check(segments []backend.Segment) error {
 		for _, side := range []struct {
 			name         string
 			offset, size uint64
-		}{{"local", seg.Local, uint64(len(s.local.Bytes))}, {"remote", seg.Remote, s.remote.Size}} {
+		}{{"local", seg.Local, s.local.Size()}, {"remote", seg.Remote, s.remote.Size}} {
 			if side.offset > side.size || seg.Length > side.size-side.offset {
 				return backend.Errorf(backend.BadRequest, "segment %d: range [%d, +%d) is not in the %s region of %d bytes",
 					i, side.offset, seg.Length, side.name, side.size)

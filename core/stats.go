@@ -32,23 +32,27 @@ type Stats struct {
 
 	runs, segments, transfers atomic.Uint64
 	bytes                     [ops]atomic.Uint64
-	stagedBytes               atomic.Uint64
+	stagedBytes, unsummed     atomic.Uint64
 	batches                   [ops]atomic.Uint64
 	results                   [ops][len(statusNames)]atomic.Uint64
 }
 
-func (s *Stats) finish(o op, results []Result) {
+func (s *Stats) finish(o op, items []Item, results []Result) {
 	var byStatus [len(statusNames)]uint64
-	var bytes uint64
+	var bytes, unsummed uint64
 	for i := range results {
 		r := &results[i]
 		byStatus[r.Status]++
 		if r.Status == Stored || r.Status == Found {
 			bytes += r.Size
+			if !items[i].addressable() {
+				unsummed++
+			}
 		}
 	}
 	s.batches[o].Add(1)
 	s.bytes[o].Add(bytes)
+	s.unsummed.Add(unsummed)
 	for status, n := range byStatus {
 		if n > 0 {
 			s.results[o][status].Add(n)
@@ -66,7 +70,10 @@ type Snapshot struct {
 
 	Runs, Segments, Transfers uint64
 	StagedBytes               uint64
-	Ops                       []OpSnapshot
+	// Unsummed counts the values stored or found in memory that the processor cannot address: no checksum of them was made
+	// or compared.
+	Unsummed uint64
+	Ops      []OpSnapshot
 }
 
 // OpSnapshot is the part of a Snapshot that is about one operation.
@@ -85,7 +92,7 @@ func (c *PoolClient) Stats() Snapshot {
 		Dispatch: time.Duration(s.dispatch.n.Load()), Move: time.Duration(s.move.n.Load()),
 		Verify: time.Duration(s.verify.n.Load()), Staging: time.Duration(s.staging.n.Load()),
 		Runs: s.runs.Load(), Segments: s.segments.Load(), Transfers: s.transfers.Load(),
-		StagedBytes: s.stagedBytes.Load(),
+		StagedBytes: s.stagedBytes.Load(), Unsummed: s.unsummed.Load(),
 	}
 	for o := range ops {
 		by := OpSnapshot{Op: opNames[o], Batches: s.batches[o].Load(), Bytes: s.bytes[o].Load(), Results: map[Status]uint64{}}

@@ -94,7 +94,7 @@ func toProto(b *core.BackendState) *adminpb.Backend {
 		caps := &b.Info.Capabilities
 		p.Info = &adminpb.Info{
 			Version: b.Info.Version, Ops: uint32(caps.Ops), Local: uint32(caps.Local), Remote: uint32(caps.Remote),
-			Reach: uint32(caps.Reach), Window: uint32(caps.Window), Simulated: caps.Simulated,
+			Reach: uint32(caps.Reach), Window: uint32(caps.Window), Simulated: caps.Simulated, Links: toLinks(caps.Links),
 		}
 	}
 	if b.Process != nil {
@@ -113,6 +113,7 @@ func fromProto(p *adminpb.Backend) core.BackendState {
 		b.Info = &backend.Info{Name: b.Name, Version: i.GetVersion(), Capabilities: backend.Capabilities{
 			Ops: backend.Op(i.GetOps()), Local: backend.MemoryKindSet(i.GetLocal()), Remote: backend.MemoryKindSet(i.GetRemote()),
 			Reach: backend.Reach(min(i.GetReach(), math.MaxUint8)), Window: int(i.GetWindow()), Simulated: i.GetSimulated(),
+			Links: fromLinks(i.GetLinks()),
 		}}
 	}
 	if s := p.GetProcess(); s != nil {
@@ -122,4 +123,27 @@ func fromProto(p *adminpb.Backend) core.BackendState {
 		}
 	}
 	return b
+}
+
+// toLinks tells no links, where the backend moves bytes between all places, from none.
+func toLinks(links []backend.Link) *adminpb.Links {
+	if links == nil {
+		return nil
+	}
+	p := &adminpb.Links{}
+	for _, l := range links {
+		p.Links = append(p.Links, &adminpb.Link{Near: l.Near, Far: l.Far, Cost: int64(l.Cost), Text: l.Text})
+	}
+	return p
+}
+
+func fromLinks(p *adminpb.Links) []backend.Link {
+	if p == nil {
+		return nil
+	}
+	links := []backend.Link{}
+	for _, l := range p.GetLinks() {
+		links = append(links, backend.Link{Near: l.GetNear(), Far: l.GetFar(), Cost: int(l.GetCost()), Text: l.GetText()})
+	}
+	return links
 }

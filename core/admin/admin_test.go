@@ -66,7 +66,9 @@ func TestBackends(t *testing.T) {
 		{Name: "shm", Disabled: true, Info: &backend.Info{Name: "shm", Version: "1", Capabilities: backend.Capabilities{
 			Ops: backend.Read | backend.Write, Local: backend.Kinds(backend.HostMemory, backend.GPUMemory),
 			Remote: backend.Kinds(backend.GPUMemory), Reach: backend.SameHost, Window: 7,
+			Links: []backend.Link{{Near: "0000:01:00.0", Far: "0000:02:00.0", Cost: 1, Text: "XGMI, 1 hop"}, {Far: "0000:01:00.0"}},
 		}}},
+		{Name: "xgmi", Info: &backend.Info{Name: "xgmi", Capabilities: backend.Capabilities{Links: []backend.Link{}}}},
 		{Name: "null", Reason: "it was killed", Info: &backend.Info{Name: "null", Capabilities: backend.Capabilities{
 			Reach: backend.Network, Window: 1, Simulated: true,
 		}}, Process: &host.State{Phase: host.Down, PID: 77, Restarts: 5, Since: time.Unix(1700000000, 123)}},

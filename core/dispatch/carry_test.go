@@ -74,7 +74,7 @@ func (o *opened) dispatcher(tb testing.TB, others ...*opened) *dispatch.Dispatch
 // TestFaultyBackend runs many jobs at once over a backend that fails in every way that the contract allows, with a
 // good one behind it. Every job ends well, and every byte is where it belongs.
 func TestFaultyBackend(t *testing.T) {
-	script, err := fault.Parse("session:off->error(pathdown)->1*error(unsupported); " +
+	script, err := fault.Parse("session:off->error(pathdown)->1*error(denied); " +
 		"post:5*off->3*busy->10*off->error(denied)->20*off->error(internal)->30*off->5*kill; " +
 		"complete:10*off->2*partial(1)->10*off->dup->10*off->kill->30*off->error(internal)->20*delay(100us)->partial(0)->dup")
 	if err != nil {

@@ -327,6 +327,9 @@ func (d *Dispatcher) open(key sessionKey, local *region.Region, remote *region.D
 		case err == nil:
 			return s, nil
 		case !stale || backend.CodeOf(err) != backend.PathDown:
+			if backend.CodeOf(err) == backend.Unsupported { // and will be, each time that it is asked
+				d.opts.Select.PairRefused(int(key.Variant), key.Local, remote, err, time.Now())
+			}
 			return nil, connectError("open session", b.Name, remote.Peer, err)
 		}
 		// The endpoint may have been there for long, and have broken unnoticed: a new one gets its chance.

@@ -517,7 +517,8 @@ func TestConnectFailure(t *testing.T) {
 	}
 }
 
-// TestSessionRefused: a region that one backend cannot reach goes by the next; its connection stays.
+// TestSessionRefused: a region that one backend cannot reach goes by the next; its connection stays, and the policy hears
+// of it, so that the backend is not asked again for each batch.
 func TestSessionRefused(t *testing.T) {
 	a, b := newFake("a", 1), newFake("b", 1)
 	a.onSession = func(*fakeEndpoint) error { return backend.ErrUnsupported }
@@ -526,8 +527,12 @@ func TestSessionRefused(t *testing.T) {
 	ended := r.run(t.Context(), j)
 	b.next(t).done()
 	r.wait(ended)
+	r.check(j, outcomes(backend.Done, 1), dispatch.Result{Backend: 1, Attempts: 2})
 	if n := r.Counters(0).Endpoints.Load(); n != 1 {
 		t.Errorf("%d endpoints of a, want the one that refused a session", n)
+	}
+	if diff := cmp.Diff([]string{"works 0 x", "refused 0 1→x/5: unsupported", "works 1 x"}, r.policy.heard()); diff != "" {
+		t.Errorf("the policy hears (-want +got):\n%s", diff)
 	}
 
 	delete(j.Remotes[0].Keys, "b") // nor can b, now

@@ -275,6 +275,10 @@ func (o *order) PathFailed(b int, peer backend.Peer, err error, _ time.Time) {
 
 func (o *order) PathWorks(b int, peer backend.Peer) { o.note("works %d %s", b, peer.Node) }
 
+func (o *order) PairRefused(b int, local backend.RegionID, remote *region.Descriptor, err error, _ time.Time) {
+	o.note("refused %d %d→%s/%d: %v", b, local, remote.Peer.Node, remote.ID, backend.CodeOf(err))
+}
+
 func (o *order) note(format string, args ...any) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

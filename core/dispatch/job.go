@@ -183,7 +183,7 @@ func (d *Dispatcher) choose(g *group, now time.Time) ways {
 		return someWay
 	}
 	waited := g.trouble != nil
-	g.fails().err = noWay(g.choice, g.remote())
+	g.fails().err = g.choice.NoWay(g.remote())
 	if until := g.choice.Until; !waited && !until.IsZero() && until.Sub(now) <= patience {
 		return noWayNow
 	}
@@ -217,18 +217,6 @@ func (j *Job) endParked(ctx context.Context) {
 		g.end()
 	}
 	j.parked = j.parked[:0]
-}
-
-func noWay(c *selector.Choice, remote *region.Descriptor) error {
-	err := &backend.Error{Code: backend.Unsupported, Op: "select backend", Peer: remote.Peer, Region: remote.ID,
-		Text: "no backend can carry the group"}
-	for _, candidate := range c.Candidates {
-		err.Text += fmt.Sprintf("; %s: %s", candidate.Backend, candidate.Reason)
-		if candidate.Down {
-			err.Code = backend.PathDown
-		}
-	}
-	return err
 }
 
 // launch submits a group if its session is there. For the meaning of waits see endpoint.submit.

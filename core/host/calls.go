@@ -94,7 +94,7 @@ type measured struct {
 func (b measured) Register(ctx context.Context, m backend.Memory) ([]byte, error) {
 	begun := time.Now()
 	key, err := b.Backend.Register(ctx, m)
-	b.calls.note(opRegister, begun, err, "region", m.Region, "bytes", len(m.Bytes))
+	b.calls.note(opRegister, begun, err, "region", m.Region, "bytes", m.Size())
 	return key, err
 }
 

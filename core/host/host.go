@@ -14,8 +14,8 @@
 // waits until the process has been reaped. Only then does it tell the rpc.Client, which completes what was in flight:
 // up to that moment the process might have touched memory.
 //
-// Where a backend lends peers the memory itself (Capabilities.NeedsFD), peers touch it without the process, and hear of
-// its death from the kernel. The host gives them a second to let go. A peer that is stopped just then is not waited for.
+// Where a backend may lend peers the memory itself (Capabilities.NeedsFD, or a reach of the same host: a GPU's memory is lent by
+// its handle), peers touch it without the process, and hear of its death from the kernel. The host gives them a second to let go. A peer that is stopped just then is not waited for.
 package host
 
 import (

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"reflect"
 	"runtime"
 	"slices"
 	"sync"
@@ -113,14 +114,14 @@ func (p *Process) start(ctx context.Context) (*instance, error) {
 }
 
 // errChanged says that there is no use in starting the plugin again.
-var errChanged = errors.New("the plugin's file was exchanged for one with other capabilities: restart umbp to use it")
+var errChanged = errors.New("the plugin's file was exchanged, or a device has come or gone, and it has other capabilities: restart umbp to use it")
 
 // replay registers the regions with a new instance.
 func (p *Process) replay(ctx context.Context, i *instance) error {
 	if p.info.Name == "" { // this is the first
 		return nil
 	}
-	if i.client.Info().Capabilities != p.info.Capabilities {
+	if !reflect.DeepEqual(i.client.Info().Capabilities, p.info.Capabilities) {
 		return errChanged
 	}
 	p.mu.Lock()
@@ -295,7 +296,7 @@ func (p *Process) end(i *instance, planned bool) (err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.quiet, p.cause = true, cause
-	if err != nil && p.info.Capabilities.NeedsFD {
+	if caps := &p.info.Capabilities; err != nil && (caps.NeedsFD || caps.Reach == backend.SameHost) {
 		p.settled = time.Now().Add(settling)
 	}
 	p.change(Restarting, cause.Error())

@@ -600,27 +600,38 @@ func TestCalmWaits(t *testing.T) {
 
 // TestCalmSettles: where peers touch memory by themselves, they get a moment to hear of the death.
 func TestCalmSettles(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newLab(t, func(int) (*fake, error) {
-			f := newFake()
-			f.info.Capabilities.NeedsFD = true
-			return f, nil
+	for name, tc := range map[string]struct {
+		lend func(*backend.Capabilities)
+		want time.Duration
+	}{
+		"by a descriptor": {func(c *backend.Capabilities) { c.NeedsFD = true }, settling},
+		"within the host": {func(c *backend.Capabilities) { c.Reach = backend.SameHost }, settling},
+		"not at all":      {func(c *backend.Capabilities) { c.Reach = backend.Network }, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := newLab(t, func(int) (*fake, error) {
+					f := newFake()
+					tc.lend(&f.info.Capabilities)
+					return f, nil
+				})
+				died := time.Now()
+				l.last().die("")
+				synctest.Wait()
+				if err := l.Fence(t.Context(), backend.Peer{}); err != nil || time.Since(died) != tc.want {
+					t.Errorf("Fence returns %v after %s, want nil after %s", err, time.Since(died), tc.want)
+				}
+				if err := l.Restart(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				restarted := time.Now()
+				if err := l.Fence(t.Context(), backend.Peer{}); err != nil || time.Since(restarted) != 0 {
+					t.Errorf("after an orderly restart Fence returns %v after %s, want nil at once", err, time.Since(restarted))
+				}
+				l.close()
+			})
 		})
-		died := time.Now()
-		l.last().die("")
-		synctest.Wait()
-		if err := l.Fence(t.Context(), backend.Peer{}); err != nil || time.Since(died) != settling {
-			t.Errorf("Fence returns %v after %s, want nil after %s", err, time.Since(died), settling)
-		}
-		if err := l.Restart(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		restarted := time.Now()
-		if err := l.Fence(t.Context(), backend.Peer{}); err != nil || time.Since(restarted) != 0 {
-			t.Errorf("after an orderly restart Fence returns %v after %s, want nil at once", err, time.Since(restarted))
-		}
-		l.close()
-	})
+	}
 }
 
 // TestRegisterRaces: the process ends while it registers a region. Nobody may believe in the region then.

@@ -98,7 +98,7 @@ func descriptionToProto(d *Description) *peerpb.DescribeReply {
 	for _, r := range d.Regions {
 		p.Regions = append(p.Regions, &peerpb.Region{
 			Peer: wire.ToPeer(r.Peer), Id: uint64(r.ID), Kind: uint32(r.Kind), Rights: uint32(r.Rights), Size: r.Size,
-			Keys: r.Keys,
+			Place: r.Place, Keys: r.Keys,
 		})
 	}
 	return p
@@ -110,9 +110,12 @@ func descriptionFromProto(p *peerpb.DescribeReply) (*Description, error) {
 		if r.GetKind() > math.MaxUint8 || r.GetRights() > math.MaxUint8 {
 			return nil, malformed("description", "region %d: kind %d, rights %d", i, r.GetKind(), r.GetRights())
 		}
+		if !backend.ValidPlace(r.GetPlace()) {
+			return nil, malformed("description", "region %d: %.*q is no place", i, backend.MaxPlace, r.GetPlace())
+		}
 		d.Regions = append(d.Regions, region.Descriptor{
 			Peer: wire.FromPeer(r.GetPeer()), ID: backend.RegionID(r.GetId()), Kind: backend.MemoryKind(r.GetKind()),
-			Rights: backend.Rights(r.GetRights()), Size: r.GetSize(), Keys: r.GetKeys(),
+			Rights: backend.Rights(r.GetRights()), Size: r.GetSize(), Place: r.GetPlace(), Keys: r.GetKeys(),
 		})
 	}
 	return d, nil

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -38,7 +39,7 @@ func fill(v reflect.Value, next *uint64) {
 			v.SetMapIndex(key, item)
 		}
 	case reflect.String:
-		v.SetString(fmt.Sprint("text ", *next))
+		v.SetString(fmt.Sprint("text-", *next))
 	case reflect.Bool:
 		v.SetBool(true)
 	case reflect.Float64:
@@ -222,6 +223,8 @@ func TestMalformedMessagesAreRefused(t *testing.T) {
 		"too many keys":       keys("", make([]uint32, MaxKeys+1)...),
 		"unknown kind":        description(&peerpb.Region{Kind: 256}),
 		"unknown right":       description(&peerpb.Region{Rights: 256}),
+		"a long place":        description(&peerpb.Region{Place: strings.Repeat("g", 65)}),
+		"a place to print":    description(&peerpb.Region{Place: "0000:01:00.0\x1b[2J"}),
 		"no checksums":        commitErr,
 	} {
 		if backend.CodeOf(err) != backend.BadRequest {
@@ -272,7 +275,13 @@ func FuzzFromWire(f *testing.F) {
 		}
 		var description peerpb.DescribeReply
 		if proto.Unmarshal(data, &description) == nil {
-			_, _ = descriptionFromProto(&description)
+			if d, err := descriptionFromProto(&description); err == nil {
+				for _, r := range d.Regions {
+					if !backend.ValidPlace(r.Place) {
+						t.Errorf("%q passes for a place", r.Place)
+					}
+				}
+			}
 		}
 	})
 }

@@ -10,6 +10,7 @@ type Descriptor struct {
 	Kind   backend.MemoryKind
 	Rights backend.Rights
 	Size   uint64 // bytes
+	Place  string // PCI address of the GPU whose memory it is; empty for host memory
 	// Keys holds the opaque key of each backend that the region is registered with, by backend name.
 	Keys map[string][]byte
 }
@@ -18,6 +19,6 @@ type Descriptor struct {
 func (d *Descriptor) Remote(backendName string) (backend.Remote, bool) {
 	key, ok := d.Keys[backendName]
 	return backend.Remote{
-		Peer: d.Peer, Region: d.ID, Kind: d.Kind, Rights: d.Rights, Size: d.Size, Key: key,
+		Peer: d.Peer, Region: d.ID, Kind: d.Kind, Rights: d.Rights, Size: d.Size, Place: d.Place, Key: key,
 	}, ok
 }

@@ -10,8 +10,11 @@ type Region struct {
 	Kind   backend.MemoryKind
 	Rights backend.Rights
 	// Bytes is the memory. It is off the Go heap, and stays mapped until the region has left the table and every
-	// backend.
+	// backend. Nil for memory of a GPU, which the processor cannot address.
 	Bytes []byte
+	// GPU says where memory of a GPU lies, with its address in this process; nil for host memory. What holds for the
+	// memory behind Bytes holds for it.
+	GPU *backend.GPURange
 	// FD is a file descriptor of the memory, or -1 when it has none; FDOffset is where in the file the region
 	// starts. The descriptor stays the caller's.
 	FD       int
@@ -26,14 +29,39 @@ type Region struct {
 // Memory returns the region as it is handed to Backend.Register.
 func (r *Region) Memory() backend.Memory {
 	return backend.Memory{
-		Region: r.ID, Kind: r.Kind, Rights: r.Rights, Bytes: r.Bytes, FD: r.FD, FDOffset: r.FDOffset,
+		Region: r.ID, Kind: r.Kind, Rights: r.Rights, Bytes: r.Bytes, GPU: r.GPU, FD: r.FD, FDOffset: r.FDOffset,
 	}
+}
+
+// Size returns the size of the region in bytes.
+func (r *Region) Size() uint64 {
+	if r.GPU != nil {
+		return r.GPU.Size
+	}
+	return uint64(len(r.Bytes))
+}
+
+// Place returns where the region lies: the PCI address of its GPU, or nothing for host memory.
+func (r *Region) Place() string {
+	if r.GPU != nil {
+		return r.GPU.Device
+	}
+	return ""
+}
+
+// Extent returns the addresses of the region's first byte and of the byte after its last. Host memory and the memory of
+// every GPU share one address space: nothing lies twice at one address.
+func (r *Region) Extent() (start, end uintptr) {
+	if r.GPU != nil {
+		return uintptr(r.GPU.Address), uintptr(r.GPU.Address + r.GPU.Size)
+	}
+	return extent(r.Bytes)
 }
 
 // Descriptor returns the region as peers are told of it; self is this process. The keys are shared, and must not
 // be changed.
 func (r *Region) Descriptor(self backend.Peer) Descriptor {
 	return Descriptor{
-		Peer: self, ID: r.ID, Kind: r.Kind, Rights: r.Rights, Size: uint64(len(r.Bytes)), Keys: r.Keys,
+		Peer: self, ID: r.ID, Kind: r.Kind, Rights: r.Rights, Size: r.Size(), Place: r.Place(), Keys: r.Keys,
 	}
 }

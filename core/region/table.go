@@ -41,9 +41,14 @@ func NewTable() *Table {
 
 // Add gives the region its id, which is never used again, and puts it in the table. The region belongs to the
 // table from then on. It refuses with BadRequest a region without memory, one that is in a table already, and one
-// that overlaps another: a slice would lie in both, and a remote write to one would change the other.
+// that overlaps another: a slice would lie in both, and a remote write to one would change the other. Memory of a GPU
+// needs its address in this process.
 func (t *Table) Add(r *Region) error {
-	start, end := extent(r.Bytes)
+	m := r.Memory()
+	if err := m.Check(); err != nil {
+		return &backend.Error{Code: backend.BadRequest, Op: "add region", Err: err}
+	}
+	start, end := r.Extent()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	old := t.current.Load()
@@ -54,6 +59,9 @@ func (t *Table) Add(r *Region) error {
 	case start == end:
 		return &backend.Error{Code: backend.BadRequest, Op: "add region",
 			Text: "it has no bytes: a region needs memory that this process can address"}
+	case start == 0:
+		return &backend.Error{Code: backend.BadRequest, Op: "add region",
+			Text: "it has no address: only the process that allocated a GPU's memory can register it"}
 	}
 	i := old.after(start)
 	for _, p := range old.byPlace[max(i-1, 0):min(i+1, len(old.byPlace))] {
@@ -112,7 +120,7 @@ func (t *Table) SetKey(id backend.RegionID, backendName string, key []byte) bool
 
 	changed := &snapshot{byID: slices.Clone(old.byID), byPlace: slices.Clone(old.byPlace)}
 	changed.byID[i] = &r
-	start, _ := extent(r.Bytes)
+	start, _ := r.Extent()
 	changed.byPlace[changed.after(start)-1].region = &r
 	t.current.Store(changed)
 	return true
@@ -129,7 +137,8 @@ func (t *Table) Get(id backend.RegionID) (*Region, bool) {
 }
 
 // Find returns the region that holds all of b, and where in the region b starts. A slice that begins in a region
-// and runs out of it is in none, even where another region follows at once; nor is an empty slice.
+// and runs out of it is in none, even where another region follows at once; nor is an empty slice. A slice that was made
+// of an address in a GPU's memory is found like any other; its bytes are not to be touched.
 func (t *Table) Find(b []byte) (r *Region, offset uint64, ok bool) {
 	start, end := extent(b)
 	s := t.current.Load()

@@ -183,7 +183,62 @@ func TestRegionMemory(t *testing.T) {
 	}
 }
 
-// TestTableAgainstOwners compares the table with an array that says for each byte which region owns it.
+// gpuOver returns a region of a GPU's memory that has the addresses of b. Nothing touches what lies there.
+func gpuOver(b []byte) *Region {
+	start, _ := extent(b)
+	size := uint64(len(b))
+	return &Region{Kind: backend.GPUMemory, FD: -1, GPU: &backend.GPURange{
+		Runtime: "hip", Device: "0000:c1:00.0", Address: uint64(start), Size: size, Allocation: size + 100, Offset: 64, Handle: []byte("h"),
+	}}
+}
+
+func TestGPURegion(t *testing.T) {
+	table, memory := NewTable(), make([]byte, 30)
+	mustAdd(t, table, memory[:10])
+	r := gpuOver(memory[10:20])
+	if err := table.Add(r); err != nil {
+		t.Fatal(err)
+	}
+	if r.Size() != 10 || r.Place() != "0000:c1:00.0" {
+		t.Errorf("%d bytes at %q", r.Size(), r.Place())
+	}
+	if diff := cmp.Diff(backend.Memory{Region: r.ID, Kind: backend.GPUMemory, GPU: r.GPU, FD: -1}, r.Memory()); diff != "" {
+		t.Error(diff)
+	}
+	table.SetKey(r.ID, "xgmi", []byte("key"))
+	keyed, _ := table.Get(r.ID)
+	d := keyed.Descriptor(backend.Peer{Node: "a"})
+	if d.Kind != backend.GPUMemory || d.Size != 10 || d.Place != "0000:c1:00.0" {
+		t.Errorf("%+v", d)
+	}
+	if remote, ok := d.Remote("xgmi"); !ok || remote.Place != d.Place || remote.Size != 10 || string(remote.Key) != "key" {
+		t.Errorf("%+v, %v", remote, ok)
+	}
+	if found, offset, ok := table.Find(memory[13:15]); !ok || found != keyed || offset != 3 {
+		t.Errorf("found %v at %d, %v", found, offset, ok)
+	}
+	for name, change := range map[string]func(*Region){
+		"no address":          func(r *Region) { r.GPU.Address = 0 },
+		"out of allocation":   func(r *Region) { r.GPU.Offset = r.GPU.Allocation },
+		"no range":            func(r *Region) { r.GPU = nil },
+		"the range of a host": func(r *Region) { r.Kind = backend.HostMemory },
+		"bytes":               func(r *Region) { r.Bytes = memory[20:30] },
+		"overlaps host":       func(r *Region) { r.GPU.Address -= 11 },
+		"overlaps a GPU's":    func(r *Region) { r.GPU.Address -= 1 },
+	} {
+		r := gpuOver(memory[20:30])
+		change(r)
+		if err := table.Add(r); backend.CodeOf(err) != backend.BadRequest || r.ID != 0 {
+			t.Errorf("%s: %v, id %d", name, err, r.ID)
+		}
+	}
+	if err := table.Add(&Region{Bytes: memory[15:25], FD: -1}); backend.CodeOf(err) != backend.BadRequest {
+		t.Errorf("host memory that overlaps a GPU's: %v", err)
+	}
+}
+
+// TestTableAgainstOwners compares the table with an array that says for each byte which region owns it. Some regions are
+// said to be of a GPU's memory: all share one address space.
 func TestTableAgainstOwners(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		memory := make([]byte, 64)
@@ -197,6 +252,9 @@ func TestTableAgainstOwners(t *testing.T) {
 			"add": func(t *rapid.T) {
 				from, to := slice(t)
 				r := &Region{Bytes: memory[from:to], FD: -1}
+				if rapid.Bool().Draw(t, "gpu") {
+					r = gpuOver(memory[from:to])
+				}
 				free := true
 				for _, owner := range owners[from:to] {
 					free = free && owner == nil
@@ -232,7 +290,11 @@ func TestTableAgainstOwners(t *testing.T) {
 				if r != want || ok != (want != nil) {
 					t.Fatalf("find [%d, %d) = %v, want %v", from, to, r, want)
 				}
-				if ok && &r.Bytes[offset] != &memory[from] {
+				start, _ := extent(memory[from:])
+				if !ok {
+					return
+				}
+				if at, _ := r.Extent(); at+uintptr(offset) != start {
 					t.Fatalf("find [%d, %d): wrong offset %d", from, to, offset)
 				}
 			},

@@ -5,14 +5,15 @@
 // try in their order, and for each backend of the process why it stands where it stands. Nothing is decided
 // anywhere else, and nothing falls back to a slower path unless a rule allows it.
 //
-// Choices depend on the pair of regions, the operation, the size class and the health of the paths. They are
-// cached by these, and the cache is dropped when the policy or the health changes, or the operator disables a
-// backend.
+// Choices depend on the pair of regions and the places where these lie, the operation, the size class and the health of
+// the paths. They are cached by these, and the cache is dropped when the policy or the health changes, a backend refuses a
+// pair of regions, or the operator disables a backend.
 package selector
 
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sort"
@@ -62,6 +63,22 @@ type Choice struct {
 	Candidates []Candidate
 	// Until is when a backend that is down now may be tried again; zero when none is down.
 	Until time.Time
+
+	// expires is when the answer may change by itself; zero when it does not.
+	expires time.Time
+}
+
+// NoWay is the error of a group that no backend can carry: Unsupported, or PathDown where one is down.
+func (c *Choice) NoWay(remote *region.Descriptor) error {
+	err := &backend.Error{Code: backend.Unsupported, Op: "select backend", Peer: remote.Peer, Region: remote.ID,
+		Text: "no backend can carry the group"}
+	for _, candidate := range c.Candidates {
+		err.Text += fmt.Sprintf("; %s: %s", candidate.Backend, candidate.Reason)
+		if candidate.Down {
+			err.Code = backend.PathDown
+		}
+	}
+	return err
 }
 
 // Candidate is one backend's place in a choice.
@@ -81,8 +98,12 @@ type SelectBackend interface {
 	// PathFailed records that no connection to the peer could be made by the backend of that number: it is not
 	// chosen for that peer until a pause has passed, which grows with every failure in a row.
 	PathFailed(b int, peer backend.Peer, err error, now time.Time)
-	// PathWorks records that a connection was made, which ends such a pause.
+	// PathWorks records that a connection was made, which ends such a pause, and what PairRefused has told of the
+	// connection before.
 	PathWorks(b int, peer backend.Peer)
+	// PairRefused records that the backend of that number has refused a session between two regions as Unsupported: it is
+	// not chosen for them for some seconds. It works for others all the same.
+	PairRefused(b int, local backend.RegionID, remote *region.Descriptor, err error, now time.Time)
 }
 
 // Backend is what the selector knows about one backend of this process; its number is its place in the list.
@@ -100,6 +121,10 @@ const (
 	lastPause  = 5 * time.Second
 )
 
+// refusalPause is how long a backend that has refused a pair of regions is not asked again, unless it connects anew before or
+// the operator sees to it. It may have had reasons that pass.
+const refusalPause = 5 * time.Second
+
 // cacheEntries bounds the cache. A process talks to fewer pairs of regions than that; one that does not pays a
 // few microseconds for a choice now and then.
 const cacheEntries = 1 << 14
@@ -114,7 +139,8 @@ type Selector struct {
 
 	mu       sync.Mutex // guards the replacing of cache, and what follows
 	health   map[path]*outage
-	disabled []bool // by number of the backend
+	refusals map[pathmap.Key]refusal // by pair of regions; the Variant is the number of the backend
+	disabled []bool                  // by number of the backend
 }
 
 type snapshot struct {
@@ -134,9 +160,17 @@ type outage struct {
 	err      error
 }
 
+type refusal struct {
+	until time.Time
+	err   error
+}
+
 // New returns a selector for the backends of the process self. The policy must have passed Validate.
 func New(self backend.Peer, backends []Backend, rules []Rule) *Selector {
-	s := &Selector{self: self, backends: backends, health: make(map[path]*outage), disabled: make([]bool, len(backends))}
+	s := &Selector{
+		self: self, backends: backends, health: make(map[path]*outage), refusals: make(map[pathmap.Key]refusal),
+		disabled: make([]bool, len(backends)),
+	}
 	s.SetPolicy(rules)
 	return s
 }
@@ -179,7 +213,15 @@ func (s *Selector) SetEnabled(b int, enabled bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.disabled[b] = !enabled
+	s.forgetRefusals(func(k pathmap.Key) bool { return k.Variant == uint64(b) })
 	s.dropCache()
+}
+
+// Restarted says that the operator has had the backend of that number started anew: what it refused before does not count.
+func (s *Selector) Restarted(b int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgetRefusals(func(k pathmap.Key) bool { return k.Variant == uint64(b) })
 }
 
 // Enabled tells whether the backend of that number may be chosen.
@@ -192,7 +234,7 @@ func (s *Selector) Enabled(b int) bool {
 // SelectBackend implements the interface SelectBackend.
 func (s *Selector) SelectBackend(q Query) *Choice {
 	snap := s.cache.Load()
-	if c, ok := snap.choices.Get(snap.key(&q)); ok && (c.Until.IsZero() || q.Now.Before(c.Until)) {
+	if c, ok := snap.choices.Get(snap.key(&q)); ok && (c.expires.IsZero() || q.Now.Before(c.expires)) {
 		return c
 	}
 	s.mu.Lock()
@@ -207,6 +249,26 @@ func (s *Selector) SelectBackend(q Query) *Choice {
 	}
 	s.cache.Store(&snapshot{rules: snap.rules, classes: snap.classes, choices: known.With(snap.key(&q), c)})
 	return c
+}
+
+// Unreachable returns why no group of up to q.Bytes bytes has a way now, nor soon, or nil where some group has one: sizes
+// may differ in their rules.
+func (s *Selector) Unreachable(q Query) error {
+	snap := s.cache.Load()
+	var largest *Choice
+	for class := snap.class(q.Bytes); ; class-- {
+		c := s.SelectBackend(q)
+		if len(c.Order) > 0 || !c.Until.IsZero() {
+			return nil
+		}
+		if largest == nil {
+			largest = c
+		}
+		if class == 0 {
+			return largest.NoWay(q.Remote)
+		}
+		q.Bytes = snap.classes[class-1] - 1
+	}
 }
 
 // key names what a choice depends on, but for health.
@@ -249,6 +311,31 @@ func (s *Selector) PathWorks(b int, peer backend.Peer) {
 		delete(s.health, path{b, peer})
 		s.dropCache()
 	}
+	s.forgetRefusals(func(k pathmap.Key) bool { return k.Variant == uint64(b) && k.Peer == peer.Incarnation })
+}
+
+// PairRefused implements SelectBackend.
+func (s *Selector) PairRefused(b int, local backend.RegionID, remote *region.Descriptor, err error, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.refusals) >= cacheEntries { // those that are still true will be made again
+		clear(s.refusals)
+	}
+	s.refusals[pairKey(b, local, remote)] = refusal{until: now.Add(refusalPause), err: err}
+	s.dropCache()
+}
+
+// forgetRefusals has the backend asked again for the pairs that match. It is called with s.mu held.
+func (s *Selector) forgetRefusals(match func(pathmap.Key) bool) {
+	before := len(s.refusals)
+	maps.DeleteFunc(s.refusals, func(k pathmap.Key, _ refusal) bool { return match(k) })
+	if len(s.refusals) < before {
+		s.dropCache()
+	}
+}
+
+func pairKey(b int, local backend.RegionID, remote *region.Descriptor) pathmap.Key {
+	return pathmap.Key{Local: local, Remote: remote.ID, Peer: remote.Peer.Incarnation, Variant: uint64(b)}
 }
 
 // Outage describes a path that is not chosen at present.
@@ -322,9 +409,14 @@ func (s *Selector) choose(rules []Rule, q Query) *Choice {
 		if reason == "" {
 			if o := s.health[path{b, q.Remote.Peer}]; o != nil && q.Now.Before(o.until) {
 				reason, down = fmt.Sprintf("down: %v", o.err), true
-				if c.Until.IsZero() || o.until.Before(c.Until) {
-					c.Until = o.until
-				}
+				c.Until = earlier(c.Until, o.until)
+				c.expires = earlier(c.expires, o.until)
+			}
+		}
+		if reason == "" {
+			if r, ok := s.refusals[pairKey(b, q.Local.ID, q.Remote)]; ok && q.Now.Before(r.until) {
+				reason = fmt.Sprintf("refused: %v", r.err)
+				c.expires = earlier(c.expires, r.until)
 			}
 		}
 		if reason != "" {
@@ -334,6 +426,9 @@ func (s *Selector) choose(rules []Rule, q Query) *Choice {
 		reason = "chosen: the first of the rule that can carry it"
 		if len(c.Order) > 0 {
 			reason = "usable; tried if the ones before it fail"
+		}
+		if link, _ := s.backends[b].Info.Capabilities.Link(q.Local.Place(), q.Remote.Place); link.Text != "" {
+			reason += " (" + link.Text + ")"
 		}
 		c.Candidates = append(c.Candidates, Candidate{Backend: name, Usable: true, Reason: reason})
 		c.Order = append(c.Order, b)
@@ -348,6 +443,14 @@ func (s *Selector) choose(rules []Rule, q Query) *Choice {
 		}
 	}
 	return c
+}
+
+// earlier returns the earlier of two times, of which the first may be zero for none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // Disabled is the reason for a backend that SetEnabled has ruled out.
@@ -365,6 +468,7 @@ func (s *Selector) obstacle(b int, q Query) string {
 	caps := &be.Info.Capabilities
 	_, here := q.Local.Keys[be.Name]
 	_, there := q.Remote.Keys[be.Name]
+	_, linked := caps.Link(q.Local.Place(), q.Remote.Place)
 	switch {
 	case caps.Ops&q.Op == 0:
 		return "cannot " + q.Op.String()
@@ -376,12 +480,21 @@ func (s *Selector) obstacle(b int, q Query) string {
 		return "reaches its own process only"
 	case caps.Reach == backend.SameHost && (q.Remote.Peer.Host == "" || q.Remote.Peer.Host != s.self.Host):
 		return "reaches its own host only"
+	case !linked:
+		return "no link from " + placeWords(q.Local.Place()) + " to " + placeWords(q.Remote.Place)
 	case !here:
 		return "the local region is not registered with it"
 	case !there:
 		return "the peer has not registered the region with it"
 	}
 	return ""
+}
+
+func placeWords(place string) string {
+	if place == "" {
+		return "host memory"
+	}
+	return "GPU " + place
 }
 
 func (m *Match) matches(self backend.Peer, q Query) bool {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -282,6 +283,182 @@ func TestCache(t *testing.T) {
 	s.SetPolicy([]selector.Rule{require("tcp")})
 	if c := s.SelectBackend(q); c == small || c.Order[0] != 0 {
 		t.Errorf("after another policy: %+v", c)
+	}
+}
+
+const gpu1, gpu2, gpu3 = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
+
+// TestLinks: a backend that lists links carries what lies at the ends of one, and says by which.
+func TestLinks(t *testing.T) {
+	both := backend.Kinds(backend.HostMemory, backend.GPUMemory)
+	moves := backend.Write | backend.Read
+	known := []selector.Backend{
+		{Name: "xgmi", Info: backend.Info{Capabilities: backend.Capabilities{
+			Ops: moves, Local: both, Remote: both, Reach: backend.SameHost, Links: []backend.Link{
+				{Near: gpu1, Far: gpu1, Text: "same GPU"}, {Near: gpu1, Far: gpu2, Cost: 1, Text: "XGMI, 1 hop"}, {Far: gpu2},
+			},
+		}}},
+		{Name: "none", Info: backend.Info{Capabilities: backend.Capabilities{
+			Ops: moves, Local: both, Remote: both, Reach: backend.SameHost, Links: []backend.Link{},
+		}}},
+		{Name: "any", Info: backend.Info{Capabilities: backend.Capabilities{Ops: moves, Local: both, Remote: both, Reach: backend.SameHost}}},
+	}
+	s := selector.New(self, known, []selector.Rule{require("xgmi", "none", "any")})
+	const first, spare = "chosen: the first of the rule that can carry it", "usable; tried if the ones before it fail"
+	id := backend.RegionID(0)
+	for _, tc := range []struct{ near, far, xgmi, none, any string }{
+		{gpu1, gpu1, first + " (same GPU)", "no link from GPU " + gpu1 + " to GPU " + gpu1, spare},
+		{gpu1, gpu2, first + " (XGMI, 1 hop)", "no link from GPU " + gpu1 + " to GPU " + gpu2, spare},
+		{"", gpu2, first, "no link from host memory to GPU " + gpu2, spare},
+		{gpu2, gpu1, "no link from GPU " + gpu2 + " to GPU " + gpu1, "no link from GPU " + gpu2 + " to GPU " + gpu1, first},
+		{gpu1, "", "no link from GPU " + gpu1 + " to host memory", "no link from GPU " + gpu1 + " to host memory", first},
+		{"", "", "no link from host memory to host memory", "no link from host memory to host memory", first},
+		{gpu3, gpu1, "no link from GPU " + gpu3 + " to GPU " + gpu1, "no link from GPU " + gpu3 + " to GPU " + gpu1, first},
+	} {
+		id++
+		q := ask(beside, func(q *selector.Query) {
+			q.Local = &region.Region{ID: id, Kind: backend.HostMemory, Keys: keys("xgmi", "none", "any")}
+			q.Remote = &region.Descriptor{Peer: beside, ID: id, Kind: backend.HostMemory, Place: tc.far, Keys: keys("xgmi", "none", "any")}
+			if tc.near != "" {
+				q.Local.Kind, q.Local.GPU = backend.GPUMemory, &backend.GPURange{Device: tc.near}
+			}
+			if tc.far != "" {
+				q.Remote.Kind = backend.GPUMemory
+			}
+		})
+		c := s.SelectBackend(q)
+		for i, want := range []string{tc.xgmi, tc.none, tc.any} {
+			if got := c.Candidates[i]; got.Reason != want || got.Usable == strings.HasPrefix(want, "no link") {
+				t.Errorf("%q to %q, %s: %+v, want %q", tc.near, tc.far, got.Backend, got, want)
+			}
+		}
+		if s.SelectBackend(q) != c {
+			t.Errorf("%q to %q: the answer is not kept", tc.near, tc.far)
+		}
+	}
+}
+
+// TestPairRefused: a backend that has refused two regions is not asked again for them, for a while; it carries others.
+func TestPairRefused(t *testing.T) {
+	s := selector.New(self, backends, []selector.Rule{require("shm", "tcp")})
+	at := func(now time.Time, change ...func(*selector.Query)) *selector.Choice {
+		return s.SelectBackend(ask(beside, append(change, func(q *selector.Query) { q.Now = now })...))
+	}
+	before := at(start)
+	s.PairRefused(1, 1, ask(beside).Remote, errors.New("the self-test failed"), start)
+	c := at(start)
+	if c == before {
+		t.Fatal("the answer from before the refusal is still given")
+	}
+	want := []string{"shm: refused: the self-test failed", "tcp usable: " + chosen, "mem: " + notNamed, "gpu: " + notNamed, "rdma: " + notNamed}
+	if diff := cmp.Diff(want, table(c)); diff != "" {
+		t.Errorf("the reasons differ (-want +got):\n%s", diff)
+	}
+	if !c.Until.IsZero() || len(s.Outages(start)) != 0 {
+		t.Errorf("a refusal is no outage that would be waited for: %+v, %+v", c, s.Outages(start))
+	}
+	if at(start) != c || at(start.Add(4*time.Second)) != c {
+		t.Error("the answer is not kept")
+	}
+	for name, change := range map[string]func(*selector.Query){
+		"local region":  func(q *selector.Query) { q.Local.ID++ },
+		"remote region": func(q *selector.Query) { q.Remote.ID++ },
+		"incarnation":   func(q *selector.Query) { q.Remote.Peer.Incarnation++ },
+	} {
+		if c := at(start, change); c.Order[0] != 1 {
+			t.Errorf("another %s: %+v, want the backend to be tried", name, c)
+		}
+	}
+	if c := at(start.Add(5 * time.Second)); c.Order[0] != 1 {
+		t.Errorf("after the pause: %+v, want the backend to be tried again", c)
+	}
+
+	// With no other backend, the refusal is the answer.
+	s.SetPolicy([]selector.Rule{require("shm")})
+	if c := at(start); len(c.Order) != 0 || c.Candidates[0].Down {
+		t.Errorf("%+v", c)
+	}
+	// An outage that ends sooner than the refusal does is noticed when it ends.
+	s.SetPolicy([]selector.Rule{require("shm", "tcp")})
+	s.PathFailed(0, beside, errors.New("down"), start)
+	if c := at(start); len(c.Order) != 0 {
+		t.Errorf("%+v", c)
+	}
+	if c := at(s.Outages(start)[0].Until); !slices.Equal(c.Order, []int{0}) {
+		t.Errorf("after the outage: %+v", c)
+	}
+	// There are not more of them than can be kept.
+	for id := range backend.RegionID(20_000) {
+		s.PairRefused(1, id, ask(beside).Remote, errors.New("refused"), start)
+	}
+	if c := at(start, func(q *selector.Query) { q.Local.ID = 19_999 }); slices.Contains(c.Order, 1) {
+		t.Errorf("the last refusal is not kept: %+v", c)
+	}
+}
+
+// TestRefusalsEnd: a backend that connects anew, or that the operator has seen to, is asked again at once.
+func TestRefusalsEnd(t *testing.T) {
+	for name, tc := range map[string]struct {
+		see func(*selector.Selector)
+		end bool
+	}{
+		"connected anew":       {func(s *selector.Selector) { s.PathWorks(1, beside) }, true},
+		"another connection":   {func(s *selector.Selector) { s.PathWorks(1, far) }, false},
+		"another backend's":    {func(s *selector.Selector) { s.PathWorks(0, beside) }, false},
+		"off and on":           {func(s *selector.Selector) { s.SetEnabled(1, false); s.SetEnabled(1, true) }, true},
+		"another off and on":   {func(s *selector.Selector) { s.SetEnabled(0, false); s.SetEnabled(0, true) }, false},
+		"started anew":         {func(s *selector.Selector) { s.Restarted(1) }, true},
+		"another started anew": {func(s *selector.Selector) { s.Restarted(0) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := selector.New(self, backends, []selector.Rule{require("shm", "tcp")})
+			s.PairRefused(1, 1, ask(beside).Remote, errors.New("refused"), start)
+			if c := s.SelectBackend(ask(beside)); slices.Contains(c.Order, 1) {
+				t.Fatalf("%+v", c)
+			}
+			tc.see(s)
+			if c := s.SelectBackend(ask(beside)); slices.Contains(c.Order, 1) != tc.end {
+				t.Errorf("%+v", c)
+			}
+		})
+	}
+}
+
+// TestUnreachable: there is no way to a region when there is none for a group of any size, and none is to be waited for.
+func TestUnreachable(t *testing.T) {
+	sized := func(name string, min, max uint64) selector.Rule {
+		return selector.Rule{Match: selector.Match{MinSize: min, MaxSize: max}, Require: []string{name}}
+	}
+	nothing := func(*selector.Selector) {}
+	for name, tc := range map[string]struct {
+		rules []selector.Rule
+		to    backend.Peer
+		spoil func(*selector.Selector)
+		want  string // of the error; empty for none
+	}{
+		"a way":                  {[]selector.Rule{require("shm", "tcp")}, beside, nothing, ""},
+		"no way":                 {[]selector.Rule{require("shm")}, far, nothing, "shm: reaches its own host only"},
+		"no rule":                {nil, far, nothing, "shm: no rule matches the group"},
+		"a way for the small":    {[]selector.Rule{sized("shm", 100, 0), sized("tcp", 0, 99)}, far, nothing, ""},
+		"a way for some":         {[]selector.Rule{sized("shm", 1000, 0), sized("tcp", 500, 999), require("shm")}, far, nothing, ""},
+		"a way for the large":    {[]selector.Rule{sized("shm", 0, 4095), sized("tcp", 4096, 0)}, far, nothing, ""},
+		"a way for the largest":  {[]selector.Rule{sized("tcp", 4097, 0), require("shm")}, far, nothing, "shm: reaches its own host only"},
+		"none for any":           {[]selector.Rule{sized("shm", 100, 0), sized("mem", 0, 99)}, far, nothing, "shm: reaches its own host only"},
+		"as large as can be":     {[]selector.Rule{sized("shm", 100, math.MaxUint64), require("mem")}, far, nothing, "shm: reaches its own host only"},
+		"down, and up again":     {[]selector.Rule{require("tcp")}, far, func(s *selector.Selector) { s.PathFailed(0, far, errors.New("x"), start) }, ""},
+		"disabled":               {[]selector.Rule{require("tcp")}, far, func(s *selector.Selector) { s.SetEnabled(0, false) }, "tcp: " + selector.Disabled},
+		"refused":                {[]selector.Rule{require("tcp")}, far, func(s *selector.Selector) { s.PairRefused(0, 1, ask(far).Remote, errors.New("x"), start) }, "tcp: refused: x"},
+		"the next where refused": {[]selector.Rule{require("shm", "tcp")}, beside, func(s *selector.Selector) { s.PairRefused(1, 1, ask(beside).Remote, errors.New("x"), start) }, ""},
+	} {
+		s := selector.New(self, backends, tc.rules)
+		tc.spoil(s)
+		err := s.Unreachable(ask(tc.to))
+		switch {
+		case tc.want == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case tc.want != "" && (backend.CodeOf(err) != backend.Unsupported || !strings.Contains(err.Error(), tc.want)):
+			t.Errorf("%s: got %v, want Unsupported: %s", name, err, tc.want)
+		}
 	}
 }
 

@@ -64,10 +64,86 @@ type Memory struct {
 	// Bytes is the memory itself. It is off the Go heap, it stays mapped until Deregister has returned, and its
 	// length is the size of the region. Nil for memory that the processor cannot address.
 	Bytes []byte
+	// GPU says where a region of GPUMemory lies; nil for host memory. The memory stays allocated until Deregister has
+	// returned.
+	GPU *GPURange
 	// FD is a file descriptor of the memory, or -1 when it has none; FDOffset is where in the file the region
 	// starts. The descriptor belongs to the host; a backend that wants to keep it duplicates it.
 	FD       int
 	FDOffset int64
+}
+
+// Size returns the size of the region in bytes.
+func (m *Memory) Size() uint64 {
+	if m.GPU != nil {
+		return m.GPU.Size
+	}
+	return uint64(len(m.Bytes))
+}
+
+// Place returns where the region lies, in the words of Link: the PCI address of its GPU, or nothing for host memory.
+func (m *Memory) Place() string {
+	if m.GPU != nil {
+		return m.GPU.Device
+	}
+	return ""
+}
+
+// Check says what is wrong with where the region is said to lie, if that contradicts itself: a GPU's memory is described by
+// GPU, and by nothing else, and no other kind is. The error is BadRequest.
+func (m *Memory) Check() error {
+	switch {
+	case (m.Kind == GPUMemory) != (m.GPU != nil):
+		return Errorf(BadRequest, "memory of kind %s: GPU says where a GPU's memory lies, and that of no other kind", m.Kind)
+	case m.GPU == nil:
+		return nil
+	case m.Bytes != nil || m.FD >= 0:
+		return Errorf(BadRequest, "memory of a GPU has neither bytes nor a file descriptor")
+	}
+	return m.GPU.Check()
+}
+
+// GPURange is a range of a GPU's memory: a region, or what is to become one. It lies within one allocation of the
+// runtime's, which need not begin where the range does: what other processes are given is the allocation, so that the
+// offset always goes with its handle.
+type GPURange struct {
+	// Runtime is the runtime that the memory was allocated with: "hip" or "cuda".
+	Runtime string
+	// Device is the PCI address of the GPU, as in 0000:c1:00.0, which means the same in every process of the host; the
+	// numbers of the runtimes do not.
+	Device string
+	// Address is where the range begins in the address space of the process that allocated it. Zero in any other
+	// process, which has to import Handle.
+	Address uint64
+	Size    uint64 // bytes of the range
+	// Allocation is the size of the allocation in bytes, and Offset where in it the range begins.
+	Allocation, Offset uint64
+	// Handle is the runtime's interprocess handle of the allocation; empty where the memory cannot leave its process.
+	Handle []byte
+}
+
+// The longest words of a GPURange and of a Link, in bytes.
+const (
+	MaxPlace  = 64  // of a place, and of the name of a runtime
+	MaxHandle = 256 // of GPURange.Handle
+)
+
+// Check says what is wrong with a range, if it contradicts itself: an untrusted one needs no other check of its numbers.
+// The error is BadRequest. Address may be zero.
+func (g *GPURange) Check() error {
+	switch {
+	case g.Runtime == "" || !ValidPlace(g.Runtime):
+		return Errorf(BadRequest, "a range of GPU memory names its runtime in 1 to %d printable characters, not by %.*q", MaxPlace, MaxPlace, g.Runtime)
+	case g.Device == "" || !ValidPlace(g.Device):
+		return Errorf(BadRequest, "a range of GPU memory names its GPU by a PCI address of 1 to %d printable characters, not by %.*q", MaxPlace, MaxPlace, g.Device)
+	case len(g.Handle) > MaxHandle:
+		return Errorf(BadRequest, "the handle of GPU memory has %d bytes, more than %d", len(g.Handle), MaxHandle)
+	case g.Size == 0 || g.Size > g.Allocation || g.Offset > g.Allocation-g.Size:
+		return Errorf(BadRequest, "%d bytes at offset %d do not lie within a GPU's allocation of %d", g.Size, g.Offset, g.Allocation)
+	case g.Address+g.Size < g.Size:
+		return Errorf(BadRequest, "%d bytes of GPU memory at address %#x run over the end of the address space", g.Size, g.Address)
+	}
+	return nil
 }
 
 // Remote is one region of a peer, as its descriptor described it.
@@ -77,6 +153,8 @@ type Remote struct {
 	Kind   MemoryKind
 	Rights Rights
 	Size   uint64 // bytes
+	// Place is where the region lies, in the words of Link.
+	Place string
 	// Key is what Register returned at the peer, for this same backend.
 	Key []byte
 }

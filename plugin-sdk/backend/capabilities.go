@@ -14,6 +14,9 @@ type Capabilities struct {
 	Local  MemoryKindSet // kinds of memory that may be the near end
 	Remote MemoryKindSet // kinds of memory that may be the far end
 	Reach  Reach
+	// Links lists the pairs of places between which the backend moves bytes, where it cannot between all: two GPUs may
+	// share a host and no link. Nil says that it can wherever Local, Remote and Reach allow.
+	Links []Link
 	// NeedsFD says that a region can be reached by peers only if its Memory has a file descriptor.
 	NeedsFD bool
 	Limits  Limits
@@ -22,6 +25,42 @@ type Capabilities struct {
 	Window int
 	// Simulated says that the backend moves no real bytes, or moves them over a simulated device.
 	Simulated bool
+}
+
+// Link is a pair of places that a backend can move bytes between. A place is the PCI address of a GPU, as in
+// 0000:c1:00.0, or nothing: the memory of the host.
+type Link struct {
+	Near, Far string
+	// Cost compares the links of one backend: the bytes take the longer the more it is. What it counts is the backend's
+	// affair, such as hops. Zero is the least.
+	Cost int
+	// Text says what the link is: "same GPU", "XGMI, 1 hop".
+	Text string
+}
+
+// ValidPlace tells whether a text may be a place: it has at most MaxPlace bytes, all of them printable ASCII, since peers and
+// plugins say where they have memory, and people read it. It need not be a PCI address.
+func ValidPlace(s string) bool {
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return len(s) <= MaxPlace
+}
+
+// Link returns the link between two places, and whether there is one. Where Links is nil, there always is one of no
+// cost and no words.
+func (c *Capabilities) Link(near, far string) (Link, bool) {
+	if c.Links == nil {
+		return Link{Near: near, Far: far}, true
+	}
+	for _, l := range c.Links {
+		if l.Near == near && l.Far == far {
+			return l, true
+		}
+	}
+	return Link{}, false
 }
 
 // MemoryKindSet is a set of memory kinds.

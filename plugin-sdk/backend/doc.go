@@ -44,6 +44,13 @@
 // backend only while Post runs: the host may overwrite the slice as soon as Post returns, so a backend keeps
 // what it needs. Completion.Outcomes belongs to the backend: the host copies it before Complete returns.
 //
+// # Places
+//
+// A region lies in the memory of the host, or in that of a GPU, which the processor cannot address: only the GPU's
+// runtime may touch it, and Memory.GPU says where it is. What another process opens is the allocation that a region
+// lies in, so the offset always goes with its handle. A backend that cannot move bytes between all places lists those
+// between which it can in Capabilities.Links, and refuses a session between others with Unsupported.
+//
 // # Quiet
 //
 // Completion means quiet: after Complete, neither end of this transfer can touch the initiator's memory any more, and

@@ -55,8 +55,7 @@ func refuse(code backend.Code, op string, peer backend.Peer, text string) *backe
 // Info implements backend.Backend.
 func (b *null) Info() backend.Info { return info }
 
-// Register implements backend.Backend. No peer needs a key. Memory that the processor cannot address has a size
-// that is not known here, and counts as unbounded.
+// Register implements backend.Backend. No peer needs a key.
 func (b *null) Register(_ context.Context, m backend.Memory) ([]byte, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -68,17 +67,16 @@ func (b *null) Register(_ context.Context, m backend.Memory) ([]byte, error) {
 		return fault(backend.PathDown, "the backend is closed")
 	case !kinds.Has(m.Kind):
 		return fault(backend.Unsupported, "memory of this kind is not claimed")
-	case m.Region == 0:
-		return fault(backend.BadRequest, "a region needs an id")
+	case m.Region == 0 || m.Size() == 0:
+		return fault(backend.BadRequest, "a region needs an id and memory")
+	}
+	if err := m.Check(); err != nil {
+		return nil, &backend.Error{Code: backend.BadRequest, Backend: Name, Op: "register", Region: m.Region, Err: err}
 	}
 	if _, twice := b.sizes[m.Region]; twice {
 		return fault(backend.BadRequest, "the region is registered already")
 	}
-	size := uint64(len(m.Bytes))
-	if m.Bytes == nil {
-		size = 1<<64 - 1
-	}
-	b.sizes[m.Region] = size
+	b.sizes[m.Region] = m.Size()
 	return nil, nil
 }
 

@@ -21,7 +21,7 @@ func TestConformance(t *testing.T) {
 }
 
 func TestSaysThatItIsSimulated(t *testing.T) {
-	b, _ := open(t, nil)
+	b := open(t, nil)
 	info := b.Info()
 	if !info.Capabilities.Simulated {
 		t.Error("Capabilities.Simulated is false: a benchmark would report bytes that never moved")
@@ -51,6 +51,48 @@ func TestMovesNoBytes(t *testing.T) {
 	for i := range memory {
 		if memory[i] != byte(i) {
 			t.Fatalf("byte %d changed", i)
+		}
+	}
+}
+
+// TestGPUMemory: a region of a GPU is as large as its range says, and one that contradicts itself is refused.
+func TestGPUMemory(t *testing.T) {
+	b := open(t, nil)
+	memory := func(id backend.RegionID) backend.Memory {
+		return backend.Memory{Region: id, Kind: backend.GPUMemory, FD: -1, GPU: &backend.GPURange{
+			Runtime: "hip", Device: "0000:c1:00.0", Address: 1 << 46, Size: 100, Allocation: 4096, Offset: 512,
+		}}
+	}
+	if _, err := b.Register(t.Context(), memory(1)); err != nil {
+		t.Fatal(err)
+	}
+	session, sink := connectTo(t, b)
+	for _, c := range []struct {
+		segment backend.Segment
+		code    backend.Code
+	}{
+		{backend.Segment{Length: 100}, 0}, {backend.Segment{Local: 1, Length: 100}, backend.BadRequest},
+		{backend.Segment{Local: 100, Length: 1}, backend.BadRequest}, {backend.Segment{Local: 1<<64 - 1, Length: 2}, backend.BadRequest},
+	} {
+		if err := session.Post(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{c.segment}}); backend.CodeOf(err) != c.code {
+			t.Errorf("%+v: %v, want code %d", c.segment, err, c.code)
+		}
+	}
+	if sink.n.Load() != 1 {
+		t.Errorf("%d transfers have completed, want 1", sink.n.Load())
+	}
+	for name, change := range map[string]func(*backend.Memory){
+		"no range":      func(m *backend.Memory) { m.GPU = nil },
+		"no size":       func(m *backend.Memory) { m.GPU.Size = 0 },
+		"beyond":        func(m *backend.Memory) { m.GPU.Offset = 4000 },
+		"of the host":   func(m *backend.Memory) { m.Kind = backend.HostMemory },
+		"with bytes":    func(m *backend.Memory) { m.Bytes = make([]byte, 100) },
+		"without an id": func(m *backend.Memory) { m.Region = 0 },
+	} {
+		m := memory(2)
+		change(&m)
+		if _, err := b.Register(t.Context(), m); backend.CodeOf(err) != backend.BadRequest {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -124,29 +166,38 @@ func (c *counter) Complete(done backend.Completion) {
 	c.n.Add(1)
 }
 
-func open(tb testing.TB, raw map[string]string) (backend.Backend, backend.Peer) {
+var self = backend.Peer{Node: "a", Incarnation: 1}
+
+func open(tb testing.TB, raw map[string]string) backend.Backend {
 	tb.Helper()
 	options, err := backend.CheckOptions(null.Factory.Options, raw)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	self := backend.Peer{Node: "a", Incarnation: 1}
 	b, err := null.Factory.Open(context.Background(), backend.Config{Self: self, Options: options})
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { b.Close() })
-	return b, self
+	return b
 }
 
 func connect(tb testing.TB) (backend.Backend, backend.Session, *counter, []byte) {
 	tb.Helper()
-	ctx := context.Background()
-	b, self := open(tb, nil)
-	memory, sink, peer := make([]byte, 4096), &counter{}, backend.Peer{Node: "b", Incarnation: 2}
-	if _, err := b.Register(ctx, backend.Memory{Region: 1, Kind: backend.HostMemory, Bytes: memory, FD: -1}); err != nil {
+	b := open(tb, nil)
+	memory := make([]byte, 4096)
+	if _, err := b.Register(context.Background(), backend.Memory{Region: 1, Kind: backend.HostMemory, Bytes: memory, FD: -1}); err != nil {
 		tb.Fatal(err)
 	}
+	session, sink := connectTo(tb, b)
+	return b, session, sink, memory
+}
+
+// connectTo opens a session from region 1 to one of another peer.
+func connectTo(tb testing.TB, b backend.Backend) (backend.Session, *counter) {
+	tb.Helper()
+	ctx := context.Background()
+	sink, peer := &counter{}, backend.Peer{Node: "b", Incarnation: 2}
 	handshake, err := b.Offer(ctx, peer)
 	if err != nil {
 		tb.Fatal(err)
@@ -165,5 +216,5 @@ func connect(tb testing.TB) (backend.Backend, backend.Session, *counter, []byte)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	return b, session, sink, memory
+	return session, sink
 }

@@ -54,6 +54,7 @@ type Client struct {
 	callTimeout time.Duration
 	info        backend.Info
 	mapped      bool // the plugin maps memory; otherwise it asks for it
+	takesGPU    bool // the plugin takes memory of a GPU
 	path        path // nil until Open has come so far
 
 	lastTag, lastSession atomic.Uint64
@@ -144,7 +145,7 @@ func (c *Client) open(ctx context.Context, o Options) error {
 	case !slices.Contains(request.DataPaths, path), !slices.Contains(request.MemoryAccesses, access):
 		return c.errorf(backend.Internal, "open", "the plugin has chosen %s and %s, which the host does not offer", path, access)
 	}
-	c.mapped = access == backendpb.MemoryAccess_MEMORY_ACCESS_MAPPED
+	c.mapped, c.takesGPU = access == backendpb.MemoryAccess_MEMORY_ACCESS_MAPPED, reply.GetTakesGpu()
 
 	transfers := path == backendpb.DataPath_DATA_PATH_STREAM
 	if transfers || !c.mapped {
@@ -303,21 +304,20 @@ func (c *Client) sessionsOf(match func(*session) bool) []*session {
 // Info implements backend.Backend.
 func (c *Client) Info() backend.Info { return c.info }
 
-// Register implements backend.Backend. Memory without a descriptor is refused with Unsupported where the plugin maps
-// what it is lent, and memory without bytes where it asks for them.
+// Register implements backend.Backend. Host memory without a descriptor is refused with Unsupported where the plugin
+// maps what it is lent. So is memory of a GPU without an interprocess handle, and all of it where the plugin asks for
+// bytes by messages, or is of a time before it could be lent any.
 func (c *Client) Register(ctx context.Context, m backend.Memory) ([]byte, error) {
-	r := &region{id: m.Region, kind: m.Kind, size: uint64(len(m.Bytes)), bytes: m.Bytes}
-	if m.Bytes == nil {
-		r.size = 1<<64 - 1 // not known here: the backend checks
-	}
+	r := &region{id: m.Region, kind: m.Kind, size: m.Size(), bytes: m.Bytes}
 	if err := c.admit(m, r); err != nil {
 		err.Op, err.Region = "register", m.Region
 		return nil, err
 	}
 	request := &backendpb.RegisterRequest{
-		Region: uint64(m.Region), Kind: uint32(m.Kind), Rights: uint32(m.Rights), Size: uint64(len(m.Bytes)), HasFd: m.FD >= 0,
+		Region: uint64(m.Region), Kind: uint32(m.Kind), Rights: uint32(m.Rights), Size: m.Size(), HasFd: m.FD >= 0,
+		Gpu: gpuOut(m.GPU),
 	}
-	if c.mapped {
+	if c.mapped && m.GPU == nil {
 		tag, err := c.passMemory(m.FD)
 		if err != nil {
 			c.forget(r)
@@ -354,6 +354,14 @@ func (c *Client) admit(m backend.Memory, r *region) *backend.Error {
 	case m.Region == 0 || m.Kind == backend.HostMemory && len(m.Bytes) == 0:
 		return c.errorf(backend.BadRequest, "", "a region needs an id and memory")
 	}
+	if err := m.Check(); err != nil {
+		return c.wrap(backend.BadRequest, "", err)
+	}
+	if m.GPU != nil {
+		if err := c.admitGPU(m.GPU); err != nil {
+			return err
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -361,12 +369,24 @@ func (c *Client) admit(m backend.Memory, r *region) *backend.Error {
 		return c.refused("")
 	case c.regions[m.Region] != nil:
 		return c.errorf(backend.BadRequest, "", "the region is registered already")
-	case c.mapped && m.FD < 0:
+	case c.mapped && m.GPU == nil && m.FD < 0:
 		return c.errorf(backend.Unsupported, "", "the memory has no file descriptor, and a backend in a process of its own has to map it: allocate it from UMBP, or link the backend in")
-	case !c.mapped && m.Bytes == nil:
-		return c.errorf(backend.Unsupported, "", "the processor cannot address the memory, and the plugin asks for it by messages")
 	}
 	c.regions[m.Region] = r
+	return nil
+}
+
+// admitGPU says why a range of a GPU's memory cannot be lent to the plugin.
+func (c *Client) admitGPU(g *backend.GPURange) *backend.Error {
+	switch {
+	case !c.mapped:
+		return c.errorf(backend.Unsupported, "", "the processor cannot address the memory of a GPU, and the plugin asks for memory by messages")
+	case !c.takesGPU:
+		return c.errorf(backend.Unsupported, "", "the plugin is of a version that cannot be lent memory of a GPU: build it with a newer SDK")
+	case len(g.Handle) == 0:
+		return c.errorf(backend.Unsupported, "", "the memory of GPU %s has no interprocess handle, and a backend in a process of its own has to open one: "+
+			"allocate it so that %s gives one, or link the backend in", g.Device, g.Runtime)
+	}
 	return nil
 }
 

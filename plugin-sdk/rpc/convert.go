@@ -3,6 +3,7 @@ package rpc
 import (
 	"cmp"
 	"errors"
+	"math"
 	"strings"
 	"time"
 
@@ -33,16 +34,39 @@ func peerIn(p *backendpb.Peer) backend.Peer {
 
 func remoteOut(r backend.Remote) *backendpb.Remote {
 	return &backendpb.Remote{
-		Peer: peerOut(r.Peer), Region: uint64(r.Region), Kind: uint32(r.Kind), Rights: uint32(r.Rights), Size: r.Size, Key: r.Key,
+		Peer: peerOut(r.Peer), Region: uint64(r.Region), Kind: uint32(r.Kind), Rights: uint32(r.Rights), Size: r.Size,
+		Place: r.Place, Key: r.Key,
 	}
 }
 
 // remoteIn leaves what does not fit into its type zero, which no backend accepts: there is no such kind, and a region
-// without rights cannot be reached.
+// without rights cannot be reached. What cannot be a place takes the kind with it.
 func remoteIn(r *backendpb.Remote) backend.Remote {
-	return backend.Remote{
+	in := backend.Remote{
 		Peer: peerIn(r.GetPeer()), Region: backend.RegionID(r.GetRegion()), Kind: backend.MemoryKind(narrow(r.GetKind())),
-		Rights: backend.Rights(narrow(r.GetRights())), Size: r.GetSize(), Key: r.GetKey(),
+		Rights: backend.Rights(narrow(r.GetRights())), Size: r.GetSize(), Place: r.GetPlace(), Key: r.GetKey(),
+	}
+	if !backend.ValidPlace(in.Place) {
+		in.Kind, in.Place = 0, ""
+	}
+	return in
+}
+
+// gpuOut leaves the address out, which means nothing in another process; nil for nil.
+func gpuOut(g *backend.GPURange) *backendpb.GPURange {
+	if g == nil {
+		return nil
+	}
+	return &backendpb.GPURange{Runtime: g.Runtime, Device: g.Device, Allocation: g.Allocation, Offset: g.Offset, Handle: g.Handle}
+}
+
+// gpuIn decodes where a region of so many bytes lies; nil for nil. It checks nothing.
+func gpuIn(g *backendpb.GPURange, size uint64) *backend.GPURange {
+	if g == nil {
+		return nil
+	}
+	return &backend.GPURange{
+		Runtime: g.GetRuntime(), Device: g.GetDevice(), Size: size, Allocation: g.GetAllocation(), Offset: g.GetOffset(), Handle: g.GetHandle(),
 	}
 }
 
@@ -130,8 +154,44 @@ func infoOut(i backend.Info) *backendpb.Info {
 	return &backendpb.Info{Name: i.Name, Version: i.Version, Capabilities: &backendpb.Capabilities{
 		Ops: uint32(c.Ops), Local: uint32(c.Local), Remote: uint32(c.Remote), Reach: uint32(c.Reach), NeedsFd: c.NeedsFD,
 		LimitSegments: uint64(c.Limits.Segments), LimitSegmentBytes: c.Limits.SegmentBytes,
-		LimitTransferBytes: c.Limits.TransferBytes, Window: uint32(c.Window), Simulated: c.Simulated,
+		LimitTransferBytes: c.Limits.TransferBytes, Window: uint32(c.Window), Simulated: c.Simulated, Links: linksOut(c.Links),
 	}}
+}
+
+// linksOut keeps apart nil, which means all places, and an empty list, which means none.
+func linksOut(links []backend.Link) *backendpb.Links {
+	if links == nil {
+		return nil
+	}
+	out := &backendpb.Links{}
+	for _, l := range links {
+		out.Links = append(out.Links, &backendpb.Link{
+			Near: textOf(l.Near, backend.MaxPlace), Far: textOf(l.Far, backend.MaxPlace), Cost: int64(l.Cost), Text: textOf(l.Text, maxWord),
+		})
+	}
+	return out
+}
+
+// maxLinks bounds the links of one backend: all pairs of 63 GPUs and the host.
+const maxLinks = 4096
+
+func linksIn(links *backendpb.Links) ([]backend.Link, error) {
+	if links == nil {
+		return nil, nil
+	}
+	if n := len(links.GetLinks()); n > maxLinks {
+		return nil, backend.Errorf(backend.BadRequest, "%d links, more than %d", n, maxLinks)
+	}
+	in := []backend.Link{}
+	for i, l := range links.GetLinks() {
+		if !backend.ValidPlace(l.GetNear()) || !backend.ValidPlace(l.GetFar()) || len(l.GetText()) > maxWord || l.GetCost() < 0 ||
+			l.GetCost() > math.MaxInt {
+			return nil, backend.Errorf(backend.BadRequest, "link %d from %.*q to %.*q, with a text of %d bytes, and cost %d",
+				i, backend.MaxPlace, l.GetNear(), backend.MaxPlace, l.GetFar(), len(l.GetText()), l.GetCost())
+		}
+		in = append(in, backend.Link{Near: l.GetNear(), Far: l.GetFar(), Cost: int(l.GetCost()), Text: l.GetText()})
+	}
+	return in, nil
 }
 
 // maxWindow is the widest window that a host grants: it remembers what is in flight.
@@ -155,8 +215,12 @@ func infoIn(i *backendpb.Info) (backend.Info, error) {
 		err.Backend, err.Op = info.Name, "open"
 		return backend.Info{}, err
 	}
-	got := info.Capabilities
+	got := &info.Capabilities
+	var err error
+	got.Links, err = linksIn(c.GetLinks())
 	switch {
+	case err != nil:
+		return fault("%v", err)
 	case got.Ops == 0 || got.Ops&^(backend.Write|backend.Read) != 0:
 		return fault("operations %d", c.GetOps())
 	case got.Local == 0 || got.Remote == 0:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +29,7 @@ func fill(t *testing.T, v reflect.Value, n *int) {
 			fill(t, v.Field(i), n)
 		}
 	case reflect.String:
-		v.SetString(fmt.Sprint("text ", *n))
+		v.SetString(fmt.Sprint("text-", *n))
 	case reflect.Bool:
 		v.SetBool(true)
 	case reflect.Uint8:
@@ -38,7 +39,14 @@ func fill(t *testing.T, v reflect.Value, n *int) {
 	case reflect.Int, reflect.Int64:
 		v.SetInt(int64(*n))
 	case reflect.Slice:
-		v.SetBytes([]byte{byte(*n), 0, 255})
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			v.SetBytes([]byte{byte(*n), 0, 255})
+			break
+		}
+		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
+		for i := range 2 {
+			fill(t, v.Index(i), n)
+		}
 	case reflect.Interface: // an error
 		v.Set(reflect.ValueOf(errors.New(fmt.Sprint("cause ", *n))))
 	default:
@@ -63,6 +71,11 @@ func TestEveryFieldTravels(t *testing.T) {
 	remote := filled[backend.Remote](t)
 	if got := remoteIn(remoteOut(remote)); !reflect.DeepEqual(got, remote) {
 		t.Errorf("remote %+v became %+v", remote, got)
+	}
+	memory := filled[backend.GPURange](t)
+	memory.Address = 0 // which means nothing in another process
+	if got := gpuIn(gpuOut(&memory), memory.Size); !reflect.DeepEqual(got, &memory) {
+		t.Errorf("GPU range %+v became %+v", memory, got)
 	}
 	failure := filled[backend.Error](t)
 	failure.Err = &backend.Error{Code: backend.Denied, Text: "inner", Err: errors.New("innermost")}
@@ -182,6 +195,19 @@ func TestInfoThatMakesNoSense(t *testing.T) {
 		{"a reach of 4", func(i *backendpb.Info) { i.Capabilities.Reach = 4 }},
 		{"a window of 0", func(i *backendpb.Info) { i.Capabilities.Window = 0 }},
 		{"a version of 300 bytes", func(i *backendpb.Info) { i.Version = strings.Repeat("1", 300) }},
+		{"4097 links", func(i *backendpb.Info) { i.Capabilities.Links = links(4097, &backendpb.Link{}) }},
+		{"link 1 from \"gggg", func(i *backendpb.Info) {
+			i.Capabilities.Links = links(1, &backendpb.Link{})
+			i.Capabilities.Links.Links = append(i.Capabilities.Links.Links, &backendpb.Link{Near: strings.Repeat("g", 65)})
+		}},
+		{"link 0 from \"\" to \"gggg", func(i *backendpb.Info) {
+			i.Capabilities.Links = links(1, &backendpb.Link{Far: strings.Repeat("g", 65)})
+		}},
+		{`to "\x1b[2J"`, func(i *backendpb.Info) { i.Capabilities.Links = links(1, &backendpb.Link{Far: "\x1b[2J"}) }},
+		{"a text of 257 bytes", func(i *backendpb.Info) {
+			i.Capabilities.Links = links(1, &backendpb.Link{Text: strings.Repeat("g", 257)})
+		}},
+		{"cost -1", func(i *backendpb.Info) { i.Capabilities.Links = links(1, &backendpb.Link{Cost: -1}) }},
 	} {
 		i := good()
 		c.spoil(i)
@@ -194,4 +220,106 @@ func TestInfoThatMakesNoSense(t *testing.T) {
 	if info, err = infoIn(wide); err != nil || info.Capabilities.Window != maxWindow || info.Capabilities.Limits.Segments != shm.MaxSegments {
 		t.Errorf("got %+v, %v", info, err)
 	}
+}
+
+func links(n int, l *backendpb.Link) *backendpb.Links {
+	return &backendpb.Links{Links: slices.Repeat([]*backendpb.Link{l}, n)}
+}
+
+// TestLinks: no list of links, which means all places, and an empty one, which means none, stay what they are.
+func TestLinks(t *testing.T) {
+	for _, want := range [][]backend.Link{nil, {}, {{Near: "a", Cost: math.MaxInt, Text: strings.Repeat("x", 256)}, {Far: strings.Repeat("b", 64)}}} {
+		encoded, err := proto.Marshal(infoOut(backend.Info{Capabilities: backend.Capabilities{Links: want}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var decoded backendpb.Info
+		if err := proto.Unmarshal(encoded, &decoded); err != nil {
+			t.Fatal(err)
+		}
+		got, err := linksIn(decoded.GetCapabilities().GetLinks())
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%#v became %#v, %v", want, got, err)
+		}
+	}
+	long := linksOut([]backend.Link{{Near: strings.Repeat("n", 300), Far: strings.Repeat("f", 300), Text: "\xff" + strings.Repeat("t", 300)}})
+	if _, err := linksIn(long); err != nil {
+		t.Errorf("what a backend says at too great length does not get through: %v", err)
+	}
+}
+
+// TestHostileRemote: what cannot be a place does not become another one.
+func TestHostileRemote(t *testing.T) {
+	for _, place := range []string{strings.Repeat("g", 65), "0000:01:00.0\n"} {
+		got := remoteIn(&backendpb.Remote{Kind: 2, Size: 7, Place: place})
+		if got.Kind != 0 || got.Place != "" {
+			t.Errorf("got %+v", got)
+		}
+	}
+}
+
+// TestRegisterRequestRefused: a host that says half of where memory lies, or the wrong half.
+func TestRegisterRequestRefused(t *testing.T) {
+	good := func() *backendpb.RegisterRequest {
+		return &backendpb.RegisterRequest{Region: 1, Kind: 2, Size: 4096, Gpu: &backendpb.GPURange{
+			Runtime: "hip", Device: "0000:01:00.0", Allocation: 8192, Offset: 4096, Handle: []byte("h"),
+		}}
+	}
+	if m, err := new(mapping).mapIn(good()); err != nil || m.Size() != 4096 || m.Place() != "0000:01:00.0" {
+		t.Errorf("%+v, %v", m, err)
+	}
+	for want, spoil := range map[string]func(*backendpb.RegisterRequest){
+		"memory of kind gpu":  func(q *backendpb.RegisterRequest) { q.Gpu = nil },
+		"memory of kind host": func(q *backendpb.RegisterRequest) { q.Kind = 1 },
+		"has no handle":       func(q *backendpb.RegisterRequest) { q.Gpu.Handle = nil },
+		"257 bytes":           func(q *backendpb.RegisterRequest) { q.Gpu.Handle = make([]byte, 257) },
+		"do not lie within":   func(q *backendpb.RegisterRequest) { q.Gpu.Offset = math.MaxUint64 },
+		"0 bytes":             func(q *backendpb.RegisterRequest) { q.Size = 0 },
+	} {
+		q := good()
+		spoil(q)
+		if _, err := new(mapping).mapIn(q); backend.CodeOf(err) != backend.BadRequest || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want a bad request: %s", err, want)
+		}
+	}
+}
+
+// FuzzRegisterRequest: whatever a host sends, memory of a GPU that gets as far as the backend makes sense, and nothing is
+// mapped for it.
+func FuzzRegisterRequest(f *testing.F) {
+	for _, q := range []*backendpb.RegisterRequest{
+		{Region: 1, Kind: 2, Size: 4096, Gpu: &backendpb.GPURange{Runtime: "hip", Device: "0000:01:00.0", Allocation: 8192, Offset: 4096, Handle: []byte("h")}},
+		{Region: 1, Kind: 2, Size: 4096, HasFd: true, Gpu: &backendpb.GPURange{Runtime: "hip", Device: "0000:01:00.0", Allocation: 4096, Offset: 1}},
+		{Region: 1, Kind: 1, Size: 1, Gpu: &backendpb.GPURange{}},
+		{Region: 1, Kind: 2, Size: math.MaxUint64, Gpu: &backendpb.GPURange{Runtime: "cuda", Device: "g", Allocation: math.MaxUint64, Offset: 1, Handle: []byte("h")}},
+	} {
+		encoded, err := proto.Marshal(q)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(encoded)
+	}
+	f.Fuzz(func(t *testing.T, encoded []byte) {
+		var q backendpb.RegisterRequest
+		if proto.Unmarshal(encoded, &q) != nil || q.GetGpu() == nil {
+			return
+		}
+		m := &mapping{}
+		memory, err := m.mapIn(&q)
+		if m.bytes != nil || m.file != nil {
+			t.Fatal("something was mapped")
+		}
+		if err != nil {
+			if backend.CodeOf(err) != backend.BadRequest {
+				t.Fatalf("refused with %v", err)
+			}
+			return
+		}
+		g := memory.GPU
+		if memory.Kind != backend.GPUMemory || memory.Bytes != nil || memory.FD >= 0 || g == nil || g.Address != 0 || memory.Size() != q.GetSize() ||
+			g.Size == 0 || g.Size > g.Allocation || g.Offset > g.Allocation-g.Size || g.Device == "" || len(g.Device) > 64 ||
+			g.Runtime == "" || len(g.Runtime) > 64 || len(g.Handle) == 0 || len(g.Handle) > 256 {
+			t.Fatalf("accepted %+v, %+v", memory, g)
+		}
+	})
 }

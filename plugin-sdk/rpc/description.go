@@ -31,10 +31,20 @@ type DescribedCapabilities struct {
 	NeedsFD   bool     `json:"needs_fd"`
 	Window    int      `json:"window"`
 	Simulated bool     `json:"simulated"`
+	// Links are absent where the backend moves bytes between all places.
+	Links []DescribedLink `json:"links,omitzero"`
 	// Limits of one transfer, the last two in bytes; zero means none.
 	LimitSegments      int    `json:"limit_segments"`
 	LimitSegmentBytes  uint64 `json:"limit_segment_bytes"`
 	LimitTransferBytes uint64 `json:"limit_transfer_bytes"`
+}
+
+// DescribedLink is a backend.Link.
+type DescribedLink struct {
+	Near string `json:"near"` // PCI address of a GPU; empty for the memory of the host
+	Far  string `json:"far"`
+	Cost int    `json:"cost"`
+	Text string `json:"text,omitempty"`
 }
 
 // DescribedOption is a backend.Option.
@@ -63,6 +73,12 @@ func Describe(f backend.Factory) Description {
 		Ops: []string{}, Local: kindWords(c.Local), Remote: kindWords(c.Remote), Reach: c.Reach.String(), NeedsFD: c.NeedsFD,
 		Window: c.Window, Simulated: c.Simulated, LimitSegments: c.Limits.Segments, LimitSegmentBytes: c.Limits.SegmentBytes,
 		LimitTransferBytes: c.Limits.TransferBytes,
+	}
+	if c.Links != nil {
+		d.Capabilities.Links = []DescribedLink{}
+	}
+	for _, l := range c.Links {
+		d.Capabilities.Links = append(d.Capabilities.Links, DescribedLink(l))
 	}
 	for _, op := range []backend.Op{backend.Write, backend.Read} {
 		if c.Ops&op != 0 {

@@ -16,6 +16,7 @@ var described = backend.Factory{
 		Ops: backend.Write | backend.Read, Local: backend.Kinds(backend.HostMemory, backend.GPUMemory),
 		Remote: backend.Kinds(backend.HostMemory), Reach: backend.Network, NeedsFD: true, Window: 7, Simulated: true,
 		Limits: backend.Limits{Segments: 1, SegmentBytes: 2, TransferBytes: 3},
+		Links:  []backend.Link{{Near: "0000:01:00.0", Far: "0000:02:00.0", Cost: 1, Text: "XGMI, 1 hop"}, {Far: "0000:01:00.0"}},
 	}},
 	Options: []backend.Option{
 		{Name: "mode", Type: backend.StringOption, Default: "fast", Choices: []string{"fast", "safe"}, Help: "How."},
@@ -50,6 +51,19 @@ func TestDescription(t *testing.T) {
     "needs_fd": true,
     "window": 7,
     "simulated": true,
+    "links": [
+      {
+        "near": "0000:01:00.0",
+        "far": "0000:02:00.0",
+        "cost": 1,
+        "text": "XGMI, 1 hop"
+      },
+      {
+        "near": "",
+        "far": "0000:01:00.0",
+        "cost": 0
+      }
+    ],
     "limit_segments": 1,
     "limit_segment_bytes": 2,
     "limit_transfer_bytes": 3

@@ -13,7 +13,7 @@ import (
 
 // mapping is a region of the host in the plugin.
 type mapping struct {
-	file  *os.File
+	file  *os.File      // nil for memory of a GPU
 	bytes []byte        // what is mapped, from a page's start; nil where nothing is
 	ready chan struct{} // closed when Register is through; registered is set then
 	// registered says that the backend has the region.
@@ -25,19 +25,25 @@ func (m *mapping) free() error {
 	if m.bytes != nil {
 		err = os.NewSyscallError("munmap", unix.Munmap(m.bytes))
 	}
-	return errors.Join(err, m.file.Close())
+	if m.file != nil {
+		err = errors.Join(err, m.file.Close())
+	}
+	return err
 }
 
-// register maps a region and hands it to the backend.
+// register maps a region, if it is the host's memory, and hands it to the backend.
 func (s *Server) register(ctx context.Context, b backend.Backend, q *backendpb.RegisterRequest) (key []byte, err error) {
 	fault := func(code backend.Code, text string, cause error) *backend.Error {
 		return &backend.Error{Code: code, Op: "register", Region: backend.RegionID(q.GetRegion()), Text: text, Err: cause}
 	}
-	files, err := s.inbox.take(ctx, q.GetTag(), 1)
-	if err != nil {
-		return nil, fault(backend.CodeOf(err), "no descriptor has come", err)
+	m := &mapping{ready: make(chan struct{})}
+	if q.GetGpu() == nil {
+		files, err := s.inbox.take(ctx, q.GetTag(), 1)
+		if err != nil {
+			return nil, fault(backend.CodeOf(err), "no descriptor has come", err)
+		}
+		m.file = files[0]
 	}
-	m := &mapping{file: files[0], ready: make(chan struct{})}
 	defer close(m.ready)
 	s.mu.Lock()
 	ended, twice := s.ended, s.regions[q.GetRegion()] != nil
@@ -60,7 +66,7 @@ func (s *Server) register(ctx context.Context, b backend.Backend, q *backendpb.R
 	}()
 	memory, err := m.mapIn(q)
 	if err != nil {
-		return nil, fault(backend.BadRequest, "the memory cannot be mapped", err)
+		return nil, fault(backend.BadRequest, "the memory cannot be taken in", err)
 	}
 	if key, err = b.Register(ctx, memory); err != nil {
 		return nil, err
@@ -76,17 +82,22 @@ func (s *Server) register(ctx context.Context, b backend.Backend, q *backendpb.R
 	return key, nil
 }
 
-// mapIn maps what a RegisterRequest describes. Memory that the processor cannot address is not mapped.
+// mapIn maps what a RegisterRequest describes. Memory of a GPU is not mapped: the backend opens its handle.
 func (m *mapping) mapIn(q *backendpb.RegisterRequest) (backend.Memory, error) {
 	memory := backend.Memory{
 		Region: backend.RegionID(q.GetRegion()), Kind: backend.MemoryKind(narrow(q.GetKind())),
 		Rights: backend.Rights(narrow(q.GetRights())), FD: -1,
 	}
-	if q.GetHasFd() {
-		memory.FD, memory.FDOffset = int(m.file.Fd()), q.GetFdOffset()
-	}
-	if memory.Kind != backend.HostMemory {
+	memory.GPU = gpuIn(q.GetGpu(), q.GetSize())
+	switch err := memory.Check(); {
+	case err != nil:
+		return memory, err
+	case memory.GPU != nil && len(memory.GPU.Handle) == 0:
+		return memory, backend.Errorf(backend.BadRequest, "the range of GPU memory has no handle")
+	case memory.GPU != nil:
 		return memory, nil
+	case q.GetHasFd():
+		memory.FD, memory.FDOffset = int(m.file.Fd()), q.GetFdOffset()
 	}
 	info, err := m.file.Stat()
 	if err != nil {

@@ -31,6 +31,7 @@ type calls struct {
 	info      *pb.Info
 	path      pb.DataPath
 	access    pb.MemoryAccess
+	takesGPU  bool
 	attach    func(context.Context, *pb.AttachRequest) (*pb.AttachReply, error)
 	establish func(context.Context, *pb.EstablishRequest) (*pb.EstablishReply, error)
 	closing   func()
@@ -48,7 +49,7 @@ func newCalls(path pb.DataPath, access pb.MemoryAccess) *calls {
 }
 
 func (c *calls) Open(context.Context, *pb.OpenRequest) (*pb.OpenReply, error) {
-	return &pb.OpenReply{Info: c.info, DataPath: c.path, MemoryAccess: c.access}, nil
+	return &pb.OpenReply{Info: c.info, DataPath: c.path, MemoryAccess: c.access, TakesGpu: c.takesGPU}, nil
 }
 
 func (c *calls) Attach(ctx context.Context, q *pb.AttachRequest) (*pb.AttachReply, error) {
@@ -959,6 +960,52 @@ func TestMemoryByMessages(t *testing.T) {
 		}
 		for k := range there {
 			there[k] ^= 0x5a
+		}
+	}
+}
+
+// TestGPUMemoryNeedsANewPlugin: one that was built before memory of a GPU could be lent would wait for a descriptor, and one
+// that asks for bytes by messages could not be given any.
+func TestGPUMemoryNeedsANewPlugin(t *testing.T) {
+	claim := func(c *calls) { c.info.Capabilities.Local = 6 }
+	old := openQueued(t, claim, 0)
+	messages := newHand()
+	claim(messages.calls)
+	for want, c := range map[string]*rpc.Client{"build it with a newer SDK": old.Client, "asks for memory by messages": openHand(t, messages)} {
+		_, err := c.Register(t.Context(), gpuMemory(9))
+		if backend.CodeOf(err) != backend.Unsupported || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want Unsupported: %s", err, want)
+		}
+	}
+}
+
+// TestGPUMemoryIsAsLargeAsItsRange: what is posted is checked against it, and the place of the far end travels.
+func TestGPUMemoryIsAsLargeAsItsRange(t *testing.T) {
+	p := openQueued(t, func(c *calls) { c.info.Capabilities.Local, c.info.Capabilities.Remote, c.takesGPU = 6, 6, true }, 0)
+	m := gpuMemory(9)
+	if _, err := p.Client.Register(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	h, err := p.Client.Offer(t.Context(), far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := h.Establish(t.Context(), []byte("answer"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	remote := farRegion
+	remote.Kind, remote.Place = backend.GPUMemory, "0000:c2:00.0"
+	s, err := e.Session(t.Context(), 9, remote, &bound{more: make(chan struct{}, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := (<-p.opened).GetRemote(); got.GetPlace() != "0000:c2:00.0" || got.GetKind() != 2 {
+		t.Errorf("the plugin was asked for %v", got)
+	}
+	for _, g := range []backend.Segment{{Local: 1, Length: 4096}, {Local: 4096, Length: 1}, {Local: 1<<64 - 1, Length: 2}} {
+		if err := s.Post(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{g}}); backend.CodeOf(err) != backend.BadRequest {
+			t.Errorf("%+v of a region of %d bytes: %v", g, m.Size(), err)
 		}
 	}
 }

@@ -294,7 +294,7 @@ func (s *Server) open(ctx context.Context, q *backendpb.OpenRequest) (*backendpb
 	fault := func(code backend.Code, text string, cause error) (*backendpb.OpenReply, error) {
 		return nil, &backend.Error{Code: code, Op: "open", Backend: s.factory.Name, Text: text, Err: cause}
 	}
-	reply := &backendpb.OpenReply{MemoryAccess: backendpb.MemoryAccess_MEMORY_ACCESS_MAPPED}
+	reply := &backendpb.OpenReply{MemoryAccess: backendpb.MemoryAccess_MEMORY_ACCESS_MAPPED, TakesGpu: true}
 	switch {
 	case s.inbox == nil || !slices.Contains(q.GetMemoryAccesses(), backendpb.MemoryAccess_MEMORY_ACCESS_MAPPED):
 		return fault(backend.Unsupported, "this plugin maps memory, and the host passes no descriptors: start it with a passage", nil)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -258,18 +259,64 @@ func TestRegisterRefuses(t *testing.T) {
 	}
 }
 
-// TestMemoryWithoutBytes: memory that the processor cannot address is not mapped, and travels all the same.
-func TestMemoryWithoutBytes(t *testing.T) {
+// gpuMemory is a range in the middle of an allocation of a GPU's memory.
+func gpuMemory(id backend.RegionID) backend.Memory {
+	return backend.Memory{Region: id, Kind: backend.GPUMemory, Rights: backend.RemoteRead, FD: -1, GPU: &backend.GPURange{
+		Runtime: "hip", Device: "0000:c1:00.0", Address: 1 << 46, Size: 4096, Allocation: 1 << 20, Offset: 8192, Handle: []byte("handle"),
+	}}
+}
+
+// TestGPUMemory: what describes memory of a GPU travels, but for its address; nothing is mapped, and no descriptor comes.
+func TestGPUMemory(t *testing.T) {
 	h := newHooks()
 	var got backend.Memory
 	h.register = func(_ context.Context, m backend.Memory) { got = m }
 	p := mustStart(t, h.factory(), setup{})
-	m := sealed(t, 4096)
-	if _, err := p.Register(t.Context(), backend.Memory{Region: 3, Kind: backend.GPUMemory, FD: m.FD, FDOffset: 7}); err != nil {
-		t.Fatal(err)
+	for id := range backend.RegionID(3) {
+		m := gpuMemory(id + 1)
+		if _, err := p.Register(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		m.GPU.Address = 0
+		if !reflect.DeepEqual(got, m) {
+			t.Errorf("the backend got %+v, %+v, want %+v, %+v", got, got.GPU, m, m.GPU)
+		}
+		for range 2 {
+			if err := p.Deregister(t.Context(), m.Region); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	if got.Region != 3 || got.Kind != backend.GPUMemory || got.Bytes != nil || got.FD < 0 || got.FDOffset != 7 {
-		t.Errorf("the backend got %+v", got)
+}
+
+func TestGPUMemoryRefused(t *testing.T) {
+	h := newHooks()
+	p := mustStart(t, h.factory(), setup{})
+	host := sealed(t, 4096)
+	for name, c := range map[string]struct {
+		change func(*backend.Memory)
+		code   backend.Code
+		want   string
+	}{
+		"no handle":     {func(m *backend.Memory) { m.GPU.Handle = nil }, backend.Unsupported, "no interprocess handle"},
+		"no range":      {func(m *backend.Memory) { m.GPU = nil }, backend.BadRequest, "where a GPU's memory lies"},
+		"host memory":   {func(m *backend.Memory) { m.Kind, m.Bytes = backend.HostMemory, host.Bytes }, backend.BadRequest, "where a GPU's memory lies"},
+		"bytes":         {func(m *backend.Memory) { m.Bytes = host.Bytes }, backend.BadRequest, "neither bytes nor"},
+		"a descriptor":  {func(m *backend.Memory) { m.FD = host.FD }, backend.BadRequest, "neither bytes nor"},
+		"beyond":        {func(m *backend.Memory) { m.GPU.Offset = m.GPU.Allocation - m.GPU.Size + 1 }, backend.BadRequest, "do not lie within"},
+		"a long handle": {func(m *backend.Memory) { m.GPU.Handle = make([]byte, 257) }, backend.BadRequest, "257 bytes"},
+		"no id":         {func(m *backend.Memory) { m.Region = 0 }, backend.BadRequest, "needs an id"},
+	} {
+		m := gpuMemory(7)
+		c.change(&m)
+		_, err := p.Register(t.Context(), m)
+		var e *backend.Error
+		if !errors.As(err, &e) || e.Code != c.code || e.Region != m.Region || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %v, want %v: %s", name, err, c.code, c.want)
+		}
+	}
+	if _, err := p.Register(t.Context(), gpuMemory(7)); err != nil {
+		t.Errorf("after the refusals: %v", err)
 	}
 }
 

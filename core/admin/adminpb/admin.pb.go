@@ -191,6 +191,7 @@ type Info struct {
 	Reach         uint32                 `protobuf:"varint,5,opt,name=reach,proto3" json:"reach,omitempty"`
 	Window        uint32                 `protobuf:"varint,6,opt,name=window,proto3" json:"window,omitempty"`
 	Simulated     bool                   `protobuf:"varint,7,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	Links         *Links                 `protobuf:"bytes,8,opt,name=links,proto3" json:"links,omitempty"` // absent where the backend moves bytes between all places
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -274,6 +275,127 @@ func (x *Info) GetSimulated() bool {
 	return false
 }
 
+func (x *Info) GetLinks() *Links {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+type Links struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Links         []*Link                `protobuf:"bytes,1,rep,name=links,proto3" json:"links,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Links) Reset() {
+	*x = Links{}
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Links) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Links) ProtoMessage() {}
+
+func (x *Links) ProtoReflect() protoreflect.Message {
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Links.ProtoReflect.Descriptor instead.
+func (*Links) Descriptor() ([]byte, []int) {
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Links) GetLinks() []*Link {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+// Link is a pair of places that the backend moves bytes between: the PCI address of a GPU, or nothing for the memory of the
+// host.
+type Link struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Near          string                 `protobuf:"bytes,1,opt,name=near,proto3" json:"near,omitempty"`
+	Far           string                 `protobuf:"bytes,2,opt,name=far,proto3" json:"far,omitempty"`
+	Cost          int64                  `protobuf:"varint,3,opt,name=cost,proto3" json:"cost,omitempty"`
+	Text          string                 `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Link) Reset() {
+	*x = Link{}
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Link) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Link) ProtoMessage() {}
+
+func (x *Link) ProtoReflect() protoreflect.Message {
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Link.ProtoReflect.Descriptor instead.
+func (*Link) Descriptor() ([]byte, []int) {
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Link) GetNear() string {
+	if x != nil {
+		return x.Near
+	}
+	return ""
+}
+
+func (x *Link) GetFar() string {
+	if x != nil {
+		return x.Far
+	}
+	return ""
+}
+
+func (x *Link) GetCost() int64 {
+	if x != nil {
+		return x.Cost
+	}
+	return 0
+}
+
+func (x *Link) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 // Process is the process that a backend runs in.
 type Process struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -287,7 +409,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[4]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -299,7 +421,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[4]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -312,7 +434,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{4}
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Process) GetPhase() string {
@@ -352,7 +474,7 @@ type RestartBackendRequest struct {
 
 func (x *RestartBackendRequest) Reset() {
 	*x = RestartBackendRequest{}
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[5]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -364,7 +486,7 @@ func (x *RestartBackendRequest) String() string {
 func (*RestartBackendRequest) ProtoMessage() {}
 
 func (x *RestartBackendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[5]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -377,7 +499,7 @@ func (x *RestartBackendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartBackendRequest.ProtoReflect.Descriptor instead.
 func (*RestartBackendRequest) Descriptor() ([]byte, []int) {
-	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{5}
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RestartBackendRequest) GetBackend() string {
@@ -395,7 +517,7 @@ type RestartBackendReply struct {
 
 func (x *RestartBackendReply) Reset() {
 	*x = RestartBackendReply{}
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[6]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +529,7 @@ func (x *RestartBackendReply) String() string {
 func (*RestartBackendReply) ProtoMessage() {}
 
 func (x *RestartBackendReply) ProtoReflect() protoreflect.Message {
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[6]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +542,7 @@ func (x *RestartBackendReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartBackendReply.ProtoReflect.Descriptor instead.
 func (*RestartBackendReply) Descriptor() ([]byte, []int) {
-	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{6}
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{8}
 }
 
 type SetBackendEnabledRequest struct {
@@ -433,7 +555,7 @@ type SetBackendEnabledRequest struct {
 
 func (x *SetBackendEnabledRequest) Reset() {
 	*x = SetBackendEnabledRequest{}
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[7]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -445,7 +567,7 @@ func (x *SetBackendEnabledRequest) String() string {
 func (*SetBackendEnabledRequest) ProtoMessage() {}
 
 func (x *SetBackendEnabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[7]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -458,7 +580,7 @@ func (x *SetBackendEnabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBackendEnabledRequest.ProtoReflect.Descriptor instead.
 func (*SetBackendEnabledRequest) Descriptor() ([]byte, []int) {
-	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{7}
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SetBackendEnabledRequest) GetBackend() string {
@@ -483,7 +605,7 @@ type SetBackendEnabledReply struct {
 
 func (x *SetBackendEnabledReply) Reset() {
 	*x = SetBackendEnabledReply{}
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[8]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -495,7 +617,7 @@ func (x *SetBackendEnabledReply) String() string {
 func (*SetBackendEnabledReply) ProtoMessage() {}
 
 func (x *SetBackendEnabledReply) ProtoReflect() protoreflect.Message {
-	mi := &file_core_admin_adminpb_admin_proto_msgTypes[8]
+	mi := &file_core_admin_adminpb_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -508,7 +630,7 @@ func (x *SetBackendEnabledReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetBackendEnabledReply.ProtoReflect.Descriptor instead.
 func (*SetBackendEnabledReply) Descriptor() ([]byte, []int) {
-	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{8}
+	return file_core_admin_adminpb_admin_proto_rawDescGZIP(), []int{10}
 }
 
 var File_core_admin_adminpb_admin_proto protoreflect.FileDescriptor
@@ -524,7 +646,7 @@ const file_core_admin_adminpb_admin_proto_rawDesc = "" +
 	"\x04info\x18\x02 \x01(\v2\x13.umbp.admin.v1.InfoR\x04info\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x1a\n" +
 	"\bdisabled\x18\x04 \x01(\bR\bdisabled\x120\n" +
-	"\aprocess\x18\x05 \x01(\v2\x16.umbp.admin.v1.ProcessR\aprocess\"\xac\x01\n" +
+	"\aprocess\x18\x05 \x01(\v2\x16.umbp.admin.v1.ProcessR\aprocess\"\xd8\x01\n" +
 	"\x04Info\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03ops\x18\x02 \x01(\rR\x03ops\x12\x14\n" +
@@ -532,7 +654,15 @@ const file_core_admin_adminpb_admin_proto_rawDesc = "" +
 	"\x06remote\x18\x04 \x01(\rR\x06remote\x12\x14\n" +
 	"\x05reach\x18\x05 \x01(\rR\x05reach\x12\x16\n" +
 	"\x06window\x18\x06 \x01(\rR\x06window\x12\x1c\n" +
-	"\tsimulated\x18\a \x01(\bR\tsimulated\"q\n" +
+	"\tsimulated\x18\a \x01(\bR\tsimulated\x12*\n" +
+	"\x05links\x18\b \x01(\v2\x14.umbp.admin.v1.LinksR\x05links\"2\n" +
+	"\x05Links\x12)\n" +
+	"\x05links\x18\x01 \x03(\v2\x13.umbp.admin.v1.LinkR\x05links\"T\n" +
+	"\x04Link\x12\x12\n" +
+	"\x04near\x18\x01 \x01(\tR\x04near\x12\x10\n" +
+	"\x03far\x18\x02 \x01(\tR\x03far\x12\x12\n" +
+	"\x04cost\x18\x03 \x01(\x03R\x04cost\x12\x12\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\"q\n" +
 	"\aProcess\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\rR\x03pid\x12\x1a\n" +
@@ -562,33 +692,37 @@ func file_core_admin_adminpb_admin_proto_rawDescGZIP() []byte {
 	return file_core_admin_adminpb_admin_proto_rawDescData
 }
 
-var file_core_admin_adminpb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_core_admin_adminpb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_core_admin_adminpb_admin_proto_goTypes = []any{
 	(*BackendsRequest)(nil),          // 0: umbp.admin.v1.BackendsRequest
 	(*BackendsReply)(nil),            // 1: umbp.admin.v1.BackendsReply
 	(*Backend)(nil),                  // 2: umbp.admin.v1.Backend
 	(*Info)(nil),                     // 3: umbp.admin.v1.Info
-	(*Process)(nil),                  // 4: umbp.admin.v1.Process
-	(*RestartBackendRequest)(nil),    // 5: umbp.admin.v1.RestartBackendRequest
-	(*RestartBackendReply)(nil),      // 6: umbp.admin.v1.RestartBackendReply
-	(*SetBackendEnabledRequest)(nil), // 7: umbp.admin.v1.SetBackendEnabledRequest
-	(*SetBackendEnabledReply)(nil),   // 8: umbp.admin.v1.SetBackendEnabledReply
+	(*Links)(nil),                    // 4: umbp.admin.v1.Links
+	(*Link)(nil),                     // 5: umbp.admin.v1.Link
+	(*Process)(nil),                  // 6: umbp.admin.v1.Process
+	(*RestartBackendRequest)(nil),    // 7: umbp.admin.v1.RestartBackendRequest
+	(*RestartBackendReply)(nil),      // 8: umbp.admin.v1.RestartBackendReply
+	(*SetBackendEnabledRequest)(nil), // 9: umbp.admin.v1.SetBackendEnabledRequest
+	(*SetBackendEnabledReply)(nil),   // 10: umbp.admin.v1.SetBackendEnabledReply
 }
 var file_core_admin_adminpb_admin_proto_depIdxs = []int32{
-	2, // 0: umbp.admin.v1.BackendsReply.backends:type_name -> umbp.admin.v1.Backend
-	3, // 1: umbp.admin.v1.Backend.info:type_name -> umbp.admin.v1.Info
-	4, // 2: umbp.admin.v1.Backend.process:type_name -> umbp.admin.v1.Process
-	0, // 3: umbp.admin.v1.AdminService.Backends:input_type -> umbp.admin.v1.BackendsRequest
-	5, // 4: umbp.admin.v1.AdminService.RestartBackend:input_type -> umbp.admin.v1.RestartBackendRequest
-	7, // 5: umbp.admin.v1.AdminService.SetBackendEnabled:input_type -> umbp.admin.v1.SetBackendEnabledRequest
-	1, // 6: umbp.admin.v1.AdminService.Backends:output_type -> umbp.admin.v1.BackendsReply
-	6, // 7: umbp.admin.v1.AdminService.RestartBackend:output_type -> umbp.admin.v1.RestartBackendReply
-	8, // 8: umbp.admin.v1.AdminService.SetBackendEnabled:output_type -> umbp.admin.v1.SetBackendEnabledReply
-	6, // [6:9] is the sub-list for method output_type
-	3, // [3:6] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	2,  // 0: umbp.admin.v1.BackendsReply.backends:type_name -> umbp.admin.v1.Backend
+	3,  // 1: umbp.admin.v1.Backend.info:type_name -> umbp.admin.v1.Info
+	6,  // 2: umbp.admin.v1.Backend.process:type_name -> umbp.admin.v1.Process
+	4,  // 3: umbp.admin.v1.Info.links:type_name -> umbp.admin.v1.Links
+	5,  // 4: umbp.admin.v1.Links.links:type_name -> umbp.admin.v1.Link
+	0,  // 5: umbp.admin.v1.AdminService.Backends:input_type -> umbp.admin.v1.BackendsRequest
+	7,  // 6: umbp.admin.v1.AdminService.RestartBackend:input_type -> umbp.admin.v1.RestartBackendRequest
+	9,  // 7: umbp.admin.v1.AdminService.SetBackendEnabled:input_type -> umbp.admin.v1.SetBackendEnabledRequest
+	1,  // 8: umbp.admin.v1.AdminService.Backends:output_type -> umbp.admin.v1.BackendsReply
+	8,  // 9: umbp.admin.v1.AdminService.RestartBackend:output_type -> umbp.admin.v1.RestartBackendReply
+	10, // 10: umbp.admin.v1.AdminService.SetBackendEnabled:output_type -> umbp.admin.v1.SetBackendEnabledReply
+	8,  // [8:11] is the sub-list for method output_type
+	5,  // [5:8] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_core_admin_adminpb_admin_proto_init() }
@@ -602,7 +736,7 @@ func file_core_admin_adminpb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_admin_adminpb_admin_proto_rawDesc), len(file_core_admin_adminpb_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

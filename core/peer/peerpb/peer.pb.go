@@ -194,6 +194,7 @@ type Region struct {
 	Rights        uint32                 `protobuf:"varint,4,opt,name=rights,proto3" json:"rights,omitempty"`
 	Size          uint64                 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`                                                                          // bytes
 	Keys          map[string][]byte      `protobuf:"bytes,6,rep,name=keys,proto3" json:"keys,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // by backend name
+	Place         string                 `protobuf:"bytes,7,opt,name=place,proto3" json:"place,omitempty"`                                                                         // PCI address of the GPU whose memory it is; empty for memory of the host
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -268,6 +269,13 @@ func (x *Region) GetKeys() map[string][]byte {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *Region) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
 }
 
 type DescribeReply struct {
@@ -1384,14 +1392,15 @@ const file_core_peer_peerpb_peer_proto_rawDesc = "" +
 	"\aregions\x18\x01 \x03(\rR\aregions\x12\x18\n" +
 	"\aoffsets\x18\x02 \x03(\x04R\aoffsets\x12\x18\n" +
 	"\alengths\x18\x03 \x03(\x04R\alengths\"\x11\n" +
-	"\x0fDescribeRequest\"\xed\x01\n" +
+	"\x0fDescribeRequest\"\x83\x02\n" +
 	"\x06Region\x12&\n" +
 	"\x04peer\x18\x01 \x01(\v2\x12.umbp.wire.v1.PeerR\x04peer\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\rR\x04kind\x12\x16\n" +
 	"\x06rights\x18\x04 \x01(\rR\x06rights\x12\x12\n" +
 	"\x04size\x18\x05 \x01(\x04R\x04size\x122\n" +
-	"\x04keys\x18\x06 \x03(\v2\x1e.umbp.peer.v1.Region.KeysEntryR\x04keys\x1a7\n" +
+	"\x04keys\x18\x06 \x03(\v2\x1e.umbp.peer.v1.Region.KeysEntryR\x04keys\x12\x14\n" +
+	"\x05place\x18\a \x01(\tR\x05place\x1a7\n" +
 	"\tKeysEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\x84\x01\n" +

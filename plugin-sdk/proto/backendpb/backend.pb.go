@@ -473,8 +473,10 @@ type OpenReply struct {
 	Error *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
 	Info  *Info                  `protobuf:"bytes,2,opt,name=info,proto3" json:"info,omitempty"`
 	// One each of what the host can do.
-	DataPath      DataPath     `protobuf:"varint,3,opt,name=data_path,json=dataPath,proto3,enum=umbp.backend.v1.DataPath" json:"data_path,omitempty"`
-	MemoryAccess  MemoryAccess `protobuf:"varint,4,opt,name=memory_access,json=memoryAccess,proto3,enum=umbp.backend.v1.MemoryAccess" json:"memory_access,omitempty"`
+	DataPath     DataPath     `protobuf:"varint,3,opt,name=data_path,json=dataPath,proto3,enum=umbp.backend.v1.DataPath" json:"data_path,omitempty"`
+	MemoryAccess MemoryAccess `protobuf:"varint,4,opt,name=memory_access,json=memoryAccess,proto3,enum=umbp.backend.v1.MemoryAccess" json:"memory_access,omitempty"`
+	// Whether the plugin takes memory of a GPU by RegisterRequest.gpu. A host lends it none otherwise.
+	TakesGpu      bool `protobuf:"varint,5,opt,name=takes_gpu,json=takesGpu,proto3" json:"takes_gpu,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,6 +537,13 @@ func (x *OpenReply) GetMemoryAccess() MemoryAccess {
 		return x.MemoryAccess
 	}
 	return MemoryAccess_MEMORY_ACCESS_UNSPECIFIED
+}
+
+func (x *OpenReply) GetTakesGpu() bool {
+	if x != nil {
+		return x.TakesGpu
+	}
+	return false
 }
 
 type Info struct {
@@ -610,6 +619,7 @@ type Capabilities struct {
 	LimitTransferBytes uint64                 `protobuf:"varint,8,opt,name=limit_transfer_bytes,json=limitTransferBytes,proto3" json:"limit_transfer_bytes,omitempty"`
 	Window             uint32                 `protobuf:"varint,9,opt,name=window,proto3" json:"window,omitempty"`
 	Simulated          bool                   `protobuf:"varint,10,opt,name=simulated,proto3" json:"simulated,omitempty"`
+	Links              *Links                 `protobuf:"bytes,11,opt,name=links,proto3" json:"links,omitempty"` // absent where the backend moves bytes between all places; empty: between none
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -714,6 +724,127 @@ func (x *Capabilities) GetSimulated() bool {
 	return false
 }
 
+func (x *Capabilities) GetLinks() *Links {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+type Links struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Links         []*Link                `protobuf:"bytes,1,rep,name=links,proto3" json:"links,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Links) Reset() {
+	*x = Links{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Links) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Links) ProtoMessage() {}
+
+func (x *Links) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Links.ProtoReflect.Descriptor instead.
+func (*Links) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Links) GetLinks() []*Link {
+	if x != nil {
+		return x.Links
+	}
+	return nil
+}
+
+// Link is backend.Link: a pair of places that the backend moves bytes between. A place is the PCI address of a GPU, or
+// nothing for the memory of the host.
+type Link struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Near          string                 `protobuf:"bytes,1,opt,name=near,proto3" json:"near,omitempty"`
+	Far           string                 `protobuf:"bytes,2,opt,name=far,proto3" json:"far,omitempty"`
+	Cost          int64                  `protobuf:"varint,3,opt,name=cost,proto3" json:"cost,omitempty"` // not below zero
+	Text          string                 `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Link) Reset() {
+	*x = Link{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Link) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Link) ProtoMessage() {}
+
+func (x *Link) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Link.ProtoReflect.Descriptor instead.
+func (*Link) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Link) GetNear() string {
+	if x != nil {
+		return x.Near
+	}
+	return ""
+}
+
+func (x *Link) GetFar() string {
+	if x != nil {
+		return x.Far
+	}
+	return ""
+}
+
+func (x *Link) GetCost() int64 {
+	if x != nil {
+		return x.Cost
+	}
+	return 0
+}
+
+func (x *Link) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 // AttachRequest names the message on the descriptor socket that brings, in this order: the memory of the submission
 // queue, its eventfd, the memory of the completion queue, its eventfd.
 type AttachRequest struct {
@@ -728,7 +859,7 @@ type AttachRequest struct {
 
 func (x *AttachRequest) Reset() {
 	*x = AttachRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[7]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +871,7 @@ func (x *AttachRequest) String() string {
 func (*AttachRequest) ProtoMessage() {}
 
 func (x *AttachRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[7]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +884,7 @@ func (x *AttachRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachRequest.ProtoReflect.Descriptor instead.
 func (*AttachRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{7}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AttachRequest) GetTag() uint64 {
@@ -779,7 +910,7 @@ type AttachReply struct {
 
 func (x *AttachReply) Reset() {
 	*x = AttachReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[8]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -791,7 +922,7 @@ func (x *AttachReply) String() string {
 func (*AttachReply) ProtoMessage() {}
 
 func (x *AttachReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[8]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -804,7 +935,7 @@ func (x *AttachReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachReply.ProtoReflect.Descriptor instead.
 func (*AttachReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{8}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttachReply) GetError() *Error {
@@ -822,7 +953,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[9]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +965,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[9]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +978,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{9}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{11}
 }
 
 type PingReply struct {
@@ -858,7 +989,7 @@ type PingReply struct {
 
 func (x *PingReply) Reset() {
 	*x = PingReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[10]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +1001,7 @@ func (x *PingReply) String() string {
 func (*PingReply) ProtoMessage() {}
 
 func (x *PingReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[10]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +1014,7 @@ func (x *PingReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingReply.ProtoReflect.Descriptor instead.
 func (*PingReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{10}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{12}
 }
 
 type RegisterRequest struct {
@@ -897,14 +1028,16 @@ type RegisterRequest struct {
 	Tag      uint64 `protobuf:"varint,5,opt,name=tag,proto3" json:"tag,omitempty"`
 	FdOffset int64  `protobuf:"varint,6,opt,name=fd_offset,json=fdOffset,proto3" json:"fd_offset,omitempty"`
 	// Whether the descriptor is the application's, so that a backend may hand it on to peers (Memory.FD).
-	HasFd         bool `protobuf:"varint,7,opt,name=has_fd,json=hasFd,proto3" json:"has_fd,omitempty"`
+	HasFd bool `protobuf:"varint,7,opt,name=has_fd,json=hasFd,proto3" json:"has_fd,omitempty"`
+	// Where memory of a GPU lies. It is there for that kind of memory and for no other, and no descriptor comes with it.
+	Gpu           *GPURange `protobuf:"bytes,8,opt,name=gpu,proto3" json:"gpu,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RegisterRequest) Reset() {
 	*x = RegisterRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[11]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1049,7 @@ func (x *RegisterRequest) String() string {
 func (*RegisterRequest) ProtoMessage() {}
 
 func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[11]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1062,7 @@ func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterRequest.ProtoReflect.Descriptor instead.
 func (*RegisterRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{11}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RegisterRequest) GetRegion() uint64 {
@@ -981,6 +1114,92 @@ func (x *RegisterRequest) GetHasFd() bool {
 	return false
 }
 
+func (x *RegisterRequest) GetGpu() *GPURange {
+	if x != nil {
+		return x.Gpu
+	}
+	return nil
+}
+
+// GPURange is backend.GPURange, without the address, which means nothing in another process. The size is that of the
+// region.
+type GPURange struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Runtime    string                 `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`        // hip or cuda
+	Device     string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`          // PCI address
+	Allocation uint64                 `protobuf:"varint,3,opt,name=allocation,proto3" json:"allocation,omitempty"` // bytes
+	Offset     uint64                 `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`         // of the region in the allocation
+	// The runtime's interprocess handle of the allocation, which the plugin opens. Never empty.
+	Handle        []byte `protobuf:"bytes,5,opt,name=handle,proto3" json:"handle,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GPURange) Reset() {
+	*x = GPURange{}
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GPURange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GPURange) ProtoMessage() {}
+
+func (x *GPURange) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GPURange.ProtoReflect.Descriptor instead.
+func (*GPURange) Descriptor() ([]byte, []int) {
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *GPURange) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *GPURange) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *GPURange) GetAllocation() uint64 {
+	if x != nil {
+		return x.Allocation
+	}
+	return 0
+}
+
+func (x *GPURange) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *GPURange) GetHandle() []byte {
+	if x != nil {
+		return x.Handle
+	}
+	return nil
+}
+
 type RegisterReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -991,7 +1210,7 @@ type RegisterReply struct {
 
 func (x *RegisterReply) Reset() {
 	*x = RegisterReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[12]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1222,7 @@ func (x *RegisterReply) String() string {
 func (*RegisterReply) ProtoMessage() {}
 
 func (x *RegisterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[12]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1235,7 @@ func (x *RegisterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterReply.ProtoReflect.Descriptor instead.
 func (*RegisterReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{12}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegisterReply) GetError() *Error {
@@ -1042,7 +1261,7 @@ type DeregisterRequest struct {
 
 func (x *DeregisterRequest) Reset() {
 	*x = DeregisterRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[13]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1273,7 @@ func (x *DeregisterRequest) String() string {
 func (*DeregisterRequest) ProtoMessage() {}
 
 func (x *DeregisterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[13]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1286,7 @@ func (x *DeregisterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{13}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeregisterRequest) GetRegion() uint64 {
@@ -1086,7 +1305,7 @@ type DeregisterReply struct {
 
 func (x *DeregisterReply) Reset() {
 	*x = DeregisterReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[14]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1317,7 @@ func (x *DeregisterReply) String() string {
 func (*DeregisterReply) ProtoMessage() {}
 
 func (x *DeregisterReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[14]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1330,7 @@ func (x *DeregisterReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterReply.ProtoReflect.Descriptor instead.
 func (*DeregisterReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{14}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeregisterReply) GetError() *Error {
@@ -1130,7 +1349,7 @@ type OfferRequest struct {
 
 func (x *OfferRequest) Reset() {
 	*x = OfferRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[15]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1361,7 @@ func (x *OfferRequest) String() string {
 func (*OfferRequest) ProtoMessage() {}
 
 func (x *OfferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[15]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1374,7 @@ func (x *OfferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfferRequest.ProtoReflect.Descriptor instead.
 func (*OfferRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{15}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *OfferRequest) GetPeer() *Peer {
@@ -1176,7 +1395,7 @@ type OfferReply struct {
 
 func (x *OfferReply) Reset() {
 	*x = OfferReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[16]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1407,7 @@ func (x *OfferReply) String() string {
 func (*OfferReply) ProtoMessage() {}
 
 func (x *OfferReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[16]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1420,7 @@ func (x *OfferReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfferReply.ProtoReflect.Descriptor instead.
 func (*OfferReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{16}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *OfferReply) GetError() *Error {
@@ -1238,7 +1457,7 @@ type EstablishRequest struct {
 
 func (x *EstablishRequest) Reset() {
 	*x = EstablishRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[17]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1469,7 @@ func (x *EstablishRequest) String() string {
 func (*EstablishRequest) ProtoMessage() {}
 
 func (x *EstablishRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[17]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1482,7 @@ func (x *EstablishRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstablishRequest.ProtoReflect.Descriptor instead.
 func (*EstablishRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{17}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *EstablishRequest) GetHandshake() uint64 {
@@ -1297,7 +1516,7 @@ type EstablishReply struct {
 
 func (x *EstablishReply) Reset() {
 	*x = EstablishReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[18]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1528,7 @@ func (x *EstablishReply) String() string {
 func (*EstablishReply) ProtoMessage() {}
 
 func (x *EstablishReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[18]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1541,7 @@ func (x *EstablishReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstablishReply.ProtoReflect.Descriptor instead.
 func (*EstablishReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{18}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EstablishReply) GetError() *Error {
@@ -1348,7 +1567,7 @@ type AbandonRequest struct {
 
 func (x *AbandonRequest) Reset() {
 	*x = AbandonRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[19]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1360,7 +1579,7 @@ func (x *AbandonRequest) String() string {
 func (*AbandonRequest) ProtoMessage() {}
 
 func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[19]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1373,7 +1592,7 @@ func (x *AbandonRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonRequest.ProtoReflect.Descriptor instead.
 func (*AbandonRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{19}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AbandonRequest) GetHandshake() uint64 {
@@ -1391,7 +1610,7 @@ type AbandonReply struct {
 
 func (x *AbandonReply) Reset() {
 	*x = AbandonReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[20]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1622,7 @@ func (x *AbandonReply) String() string {
 func (*AbandonReply) ProtoMessage() {}
 
 func (x *AbandonReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[20]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1635,7 @@ func (x *AbandonReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbandonReply.ProtoReflect.Descriptor instead.
 func (*AbandonReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{20}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{23}
 }
 
 type AnswerRequest struct {
@@ -1429,7 +1648,7 @@ type AnswerRequest struct {
 
 func (x *AnswerRequest) Reset() {
 	*x = AnswerRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[21]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1660,7 @@ func (x *AnswerRequest) String() string {
 func (*AnswerRequest) ProtoMessage() {}
 
 func (x *AnswerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[21]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1673,7 @@ func (x *AnswerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnswerRequest.ProtoReflect.Descriptor instead.
 func (*AnswerRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{21}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AnswerRequest) GetPeer() *Peer {
@@ -1481,7 +1700,7 @@ type AnswerReply struct {
 
 func (x *AnswerReply) Reset() {
 	*x = AnswerReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[22]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1712,7 @@ func (x *AnswerReply) String() string {
 func (*AnswerReply) ProtoMessage() {}
 
 func (x *AnswerReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[22]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1725,7 @@ func (x *AnswerReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnswerReply.ProtoReflect.Descriptor instead.
 func (*AnswerReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{22}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AnswerReply) GetError() *Error {
@@ -1532,7 +1751,7 @@ type FenceRequest struct {
 
 func (x *FenceRequest) Reset() {
 	*x = FenceRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[23]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1544,7 +1763,7 @@ func (x *FenceRequest) String() string {
 func (*FenceRequest) ProtoMessage() {}
 
 func (x *FenceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[23]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1557,7 +1776,7 @@ func (x *FenceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceRequest.ProtoReflect.Descriptor instead.
 func (*FenceRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{23}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FenceRequest) GetPeer() *Peer {
@@ -1576,7 +1795,7 @@ type FenceReply struct {
 
 func (x *FenceReply) Reset() {
 	*x = FenceReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[24]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1807,7 @@ func (x *FenceReply) String() string {
 func (*FenceReply) ProtoMessage() {}
 
 func (x *FenceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[24]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1820,7 @@ func (x *FenceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FenceReply.ProtoReflect.Descriptor instead.
 func (*FenceReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{24}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FenceReply) GetError() *Error {
@@ -1620,7 +1839,7 @@ type CloseEndpointRequest struct {
 
 func (x *CloseEndpointRequest) Reset() {
 	*x = CloseEndpointRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[25]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1851,7 @@ func (x *CloseEndpointRequest) String() string {
 func (*CloseEndpointRequest) ProtoMessage() {}
 
 func (x *CloseEndpointRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[25]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1864,7 @@ func (x *CloseEndpointRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseEndpointRequest.ProtoReflect.Descriptor instead.
 func (*CloseEndpointRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{25}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CloseEndpointRequest) GetEndpoint() uint64 {
@@ -1664,7 +1883,7 @@ type CloseEndpointReply struct {
 
 func (x *CloseEndpointReply) Reset() {
 	*x = CloseEndpointReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[26]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1895,7 @@ func (x *CloseEndpointReply) String() string {
 func (*CloseEndpointReply) ProtoMessage() {}
 
 func (x *CloseEndpointReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[26]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1908,7 @@ func (x *CloseEndpointReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseEndpointReply.ProtoReflect.Descriptor instead.
 func (*CloseEndpointReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{26}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CloseEndpointReply) GetError() *Error {
@@ -1711,7 +1930,7 @@ type OpenSessionRequest struct {
 
 func (x *OpenSessionRequest) Reset() {
 	*x = OpenSessionRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[27]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1723,7 +1942,7 @@ func (x *OpenSessionRequest) String() string {
 func (*OpenSessionRequest) ProtoMessage() {}
 
 func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[27]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1736,7 +1955,7 @@ func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSessionRequest.ProtoReflect.Descriptor instead.
 func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{27}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *OpenSessionRequest) GetEndpoint() uint64 {
@@ -1775,13 +1994,14 @@ type Remote struct {
 	Rights        uint32                 `protobuf:"varint,4,opt,name=rights,proto3" json:"rights,omitempty"`
 	Size          uint64                 `protobuf:"varint,5,opt,name=size,proto3" json:"size,omitempty"`
 	Key           []byte                 `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`
+	Place         string                 `protobuf:"bytes,7,opt,name=place,proto3" json:"place,omitempty"` // where the region lies, in the words of Link
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Remote) Reset() {
 	*x = Remote{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[28]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1793,7 +2013,7 @@ func (x *Remote) String() string {
 func (*Remote) ProtoMessage() {}
 
 func (x *Remote) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[28]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1806,7 +2026,7 @@ func (x *Remote) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remote.ProtoReflect.Descriptor instead.
 func (*Remote) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{28}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Remote) GetPeer() *Peer {
@@ -1851,6 +2071,13 @@ func (x *Remote) GetKey() []byte {
 	return nil
 }
 
+func (x *Remote) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
+}
+
 type OpenSessionReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Error         *Error                 `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
@@ -1860,7 +2087,7 @@ type OpenSessionReply struct {
 
 func (x *OpenSessionReply) Reset() {
 	*x = OpenSessionReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[29]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +2099,7 @@ func (x *OpenSessionReply) String() string {
 func (*OpenSessionReply) ProtoMessage() {}
 
 func (x *OpenSessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[29]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +2112,7 @@ func (x *OpenSessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSessionReply.ProtoReflect.Descriptor instead.
 func (*OpenSessionReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{29}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *OpenSessionReply) GetError() *Error {
@@ -1904,7 +2131,7 @@ type CloseSessionRequest struct {
 
 func (x *CloseSessionRequest) Reset() {
 	*x = CloseSessionRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[30]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +2143,7 @@ func (x *CloseSessionRequest) String() string {
 func (*CloseSessionRequest) ProtoMessage() {}
 
 func (x *CloseSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[30]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +2156,7 @@ func (x *CloseSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseSessionRequest.ProtoReflect.Descriptor instead.
 func (*CloseSessionRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{30}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CloseSessionRequest) GetSession() uint64 {
@@ -1948,7 +2175,7 @@ type CloseSessionReply struct {
 
 func (x *CloseSessionReply) Reset() {
 	*x = CloseSessionReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[31]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2187,7 @@ func (x *CloseSessionReply) String() string {
 func (*CloseSessionReply) ProtoMessage() {}
 
 func (x *CloseSessionReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[31]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2200,7 @@ func (x *CloseSessionReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseSessionReply.ProtoReflect.Descriptor instead.
 func (*CloseSessionReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{31}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CloseSessionReply) GetError() *Error {
@@ -1991,7 +2218,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[32]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +2230,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[32]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +2243,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{32}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{35}
 }
 
 type CloseReply struct {
@@ -2028,7 +2255,7 @@ type CloseReply struct {
 
 func (x *CloseReply) Reset() {
 	*x = CloseReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[33]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2267,7 @@ func (x *CloseReply) String() string {
 func (*CloseReply) ProtoMessage() {}
 
 func (x *CloseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[33]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2280,7 @@ func (x *CloseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseReply.ProtoReflect.Descriptor instead.
 func (*CloseReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{33}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CloseReply) GetError() *Error {
@@ -2071,7 +2298,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[34]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2310,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[34]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2323,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{34}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{37}
 }
 
 type Event struct {
@@ -2112,7 +2339,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2351,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2364,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{35}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Event) GetEvent() isEvent_Event {
@@ -2191,7 +2418,7 @@ type EndpointDown struct {
 
 func (x *EndpointDown) Reset() {
 	*x = EndpointDown{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[36]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2430,7 @@ func (x *EndpointDown) String() string {
 func (*EndpointDown) ProtoMessage() {}
 
 func (x *EndpointDown) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[36]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2443,7 @@ func (x *EndpointDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointDown.ProtoReflect.Descriptor instead.
 func (*EndpointDown) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{36}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EndpointDown) GetEndpoint() uint64 {
@@ -2237,7 +2464,7 @@ type Flush struct {
 
 func (x *Flush) Reset() {
 	*x = Flush{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2249,7 +2476,7 @@ func (x *Flush) String() string {
 func (*Flush) ProtoMessage() {}
 
 func (x *Flush) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[37]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2262,7 +2489,7 @@ func (x *Flush) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Flush.ProtoReflect.Descriptor instead.
 func (*Flush) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{37}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Flush) GetCookie() uint64 {
@@ -2286,7 +2513,7 @@ type HostFrame struct {
 
 func (x *HostFrame) Reset() {
 	*x = HostFrame{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2298,7 +2525,7 @@ func (x *HostFrame) String() string {
 func (*HostFrame) ProtoMessage() {}
 
 func (x *HostFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2311,7 +2538,7 @@ func (x *HostFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFrame.ProtoReflect.Descriptor instead.
 func (*HostFrame) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{38}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *HostFrame) GetFrame() isHostFrame_Frame {
@@ -2384,7 +2611,7 @@ type Post struct {
 
 func (x *Post) Reset() {
 	*x = Post{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2396,7 +2623,7 @@ func (x *Post) String() string {
 func (*Post) ProtoMessage() {}
 
 func (x *Post) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[39]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2409,7 +2636,7 @@ func (x *Post) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Post.ProtoReflect.Descriptor instead.
 func (*Post) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{39}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Post) GetSession() uint64 {
@@ -2450,7 +2677,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2462,7 +2689,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[40]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2475,7 +2702,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{40}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Cancel) GetSession() uint64 {
@@ -2505,7 +2732,7 @@ type PluginFrame struct {
 
 func (x *PluginFrame) Reset() {
 	*x = PluginFrame{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2744,7 @@ func (x *PluginFrame) String() string {
 func (*PluginFrame) ProtoMessage() {}
 
 func (x *PluginFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2757,7 @@ func (x *PluginFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PluginFrame.ProtoReflect.Descriptor instead.
 func (*PluginFrame) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{41}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PluginFrame) GetFrame() isPluginFrame_Frame {
@@ -2587,7 +2814,7 @@ type Completion struct {
 
 func (x *Completion) Reset() {
 	*x = Completion{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2599,7 +2826,7 @@ func (x *Completion) String() string {
 func (*Completion) ProtoMessage() {}
 
 func (x *Completion) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[42]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2612,7 +2839,7 @@ func (x *Completion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Completion.ProtoReflect.Descriptor instead.
 func (*Completion) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{42}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Completion) GetSession() uint64 {
@@ -2658,7 +2885,7 @@ type MemoryRequest struct {
 
 func (x *MemoryRequest) Reset() {
 	*x = MemoryRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2670,7 +2897,7 @@ func (x *MemoryRequest) String() string {
 func (*MemoryRequest) ProtoMessage() {}
 
 func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[43]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2683,7 +2910,7 @@ func (x *MemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRequest.ProtoReflect.Descriptor instead.
 func (*MemoryRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{43}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MemoryRequest) GetId() uint64 {
@@ -2739,7 +2966,7 @@ type MemoryReply struct {
 
 func (x *MemoryReply) Reset() {
 	*x = MemoryReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2751,7 +2978,7 @@ func (x *MemoryReply) String() string {
 func (*MemoryReply) ProtoMessage() {}
 
 func (x *MemoryReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2764,7 +2991,7 @@ func (x *MemoryReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryReply.ProtoReflect.Descriptor instead.
 func (*MemoryReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{44}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *MemoryReply) GetId() uint64 {
@@ -2796,7 +3023,7 @@ type CountersRequest struct {
 
 func (x *CountersRequest) Reset() {
 	*x = CountersRequest{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +3035,7 @@ func (x *CountersRequest) String() string {
 func (*CountersRequest) ProtoMessage() {}
 
 func (x *CountersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[45]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +3048,7 @@ func (x *CountersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersRequest.ProtoReflect.Descriptor instead.
 func (*CountersRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{45}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{48}
 }
 
 // CountersReply has each counter once, always in the same order.
@@ -2834,7 +3061,7 @@ type CountersReply struct {
 
 func (x *CountersReply) Reset() {
 	*x = CountersReply{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2846,7 +3073,7 @@ func (x *CountersReply) String() string {
 func (*CountersReply) ProtoMessage() {}
 
 func (x *CountersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[46]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2859,7 +3086,7 @@ func (x *CountersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersReply.ProtoReflect.Descriptor instead.
 func (*CountersReply) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{46}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CountersReply) GetCounts() []*Count {
@@ -2880,7 +3107,7 @@ type Count struct {
 
 func (x *Count) Reset() {
 	*x = Count{}
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2892,7 +3119,7 @@ func (x *Count) String() string {
 func (*Count) ProtoMessage() {}
 
 func (x *Count) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[47]
+	mi := &file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2905,7 +3132,7 @@ func (x *Count) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Count.ProtoReflect.Descriptor instead.
 func (*Count) Descriptor() ([]byte, []int) {
-	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{47}
+	return file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Count) GetName() string {
@@ -2960,16 +3187,17 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\vCredentials\x12\x1b\n" +
 	"\tcert_file\x18\x01 \x01(\tR\bcertFile\x12\x19\n" +
 	"\bkey_file\x18\x02 \x01(\tR\akeyFile\x12\x17\n" +
-	"\aca_file\x18\x03 \x01(\tR\x06caFile\"\xe0\x01\n" +
+	"\aca_file\x18\x03 \x01(\tR\x06caFile\"\xfd\x01\n" +
 	"\tOpenReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\x12)\n" +
 	"\x04info\x18\x02 \x01(\v2\x15.umbp.backend.v1.InfoR\x04info\x126\n" +
 	"\tdata_path\x18\x03 \x01(\x0e2\x19.umbp.backend.v1.DataPathR\bdataPath\x12B\n" +
-	"\rmemory_access\x18\x04 \x01(\x0e2\x1d.umbp.backend.v1.MemoryAccessR\fmemoryAccess\"w\n" +
+	"\rmemory_access\x18\x04 \x01(\x0e2\x1d.umbp.backend.v1.MemoryAccessR\fmemoryAccess\x12\x1b\n" +
+	"\ttakes_gpu\x18\x05 \x01(\bR\btakesGpu\"w\n" +
 	"\x04Info\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12A\n" +
-	"\fcapabilities\x18\x03 \x01(\v2\x1d.umbp.backend.v1.CapabilitiesR\fcapabilities\"\xbe\x02\n" +
+	"\fcapabilities\x18\x03 \x01(\v2\x1d.umbp.backend.v1.CapabilitiesR\fcapabilities\"\xec\x02\n" +
 	"\fCapabilities\x12\x10\n" +
 	"\x03ops\x18\x01 \x01(\rR\x03ops\x12\x14\n" +
 	"\x05local\x18\x02 \x01(\rR\x05local\x12\x16\n" +
@@ -2981,14 +3209,22 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\x14limit_transfer_bytes\x18\b \x01(\x04R\x12limitTransferBytes\x12\x16\n" +
 	"\x06window\x18\t \x01(\rR\x06window\x12\x1c\n" +
 	"\tsimulated\x18\n" +
-	" \x01(\bR\tsimulated\":\n" +
+	" \x01(\bR\tsimulated\x12,\n" +
+	"\x05links\x18\v \x01(\v2\x16.umbp.backend.v1.LinksR\x05links\"4\n" +
+	"\x05Links\x12+\n" +
+	"\x05links\x18\x01 \x03(\v2\x15.umbp.backend.v1.LinkR\x05links\"T\n" +
+	"\x04Link\x12\x12\n" +
+	"\x04near\x18\x01 \x01(\tR\x04near\x12\x10\n" +
+	"\x03far\x18\x02 \x01(\tR\x03far\x12\x12\n" +
+	"\x04cost\x18\x03 \x01(\x03R\x04cost\x12\x12\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\":\n" +
 	"\rAttachRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\x04R\x03tag\x12\x17\n" +
 	"\alook_ns\x18\x02 \x01(\x03R\x06lookNs\";\n" +
 	"\vAttachReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\"\r\n" +
 	"\vPingRequest\"\v\n" +
-	"\tPingReply\"\xaf\x01\n" +
+	"\tPingReply\"\xdc\x01\n" +
 	"\x0fRegisterRequest\x12\x16\n" +
 	"\x06region\x18\x01 \x01(\x04R\x06region\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x16\n" +
@@ -2996,7 +3232,16 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\x04size\x18\x04 \x01(\x04R\x04size\x12\x10\n" +
 	"\x03tag\x18\x05 \x01(\x04R\x03tag\x12\x1b\n" +
 	"\tfd_offset\x18\x06 \x01(\x03R\bfdOffset\x12\x15\n" +
-	"\x06has_fd\x18\a \x01(\bR\x05hasFd\"O\n" +
+	"\x06has_fd\x18\a \x01(\bR\x05hasFd\x12+\n" +
+	"\x03gpu\x18\b \x01(\v2\x19.umbp.backend.v1.GPURangeR\x03gpu\"\x8c\x01\n" +
+	"\bGPURange\x12\x18\n" +
+	"\aruntime\x18\x01 \x01(\tR\aruntime\x12\x16\n" +
+	"\x06device\x18\x02 \x01(\tR\x06device\x12\x1e\n" +
+	"\n" +
+	"allocation\x18\x03 \x01(\x04R\n" +
+	"allocation\x12\x16\n" +
+	"\x06offset\x18\x04 \x01(\x04R\x06offset\x12\x16\n" +
+	"\x06handle\x18\x05 \x01(\fR\x06handle\"O\n" +
 	"\rRegisterReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\fR\x03key\"+\n" +
@@ -3041,14 +3286,15 @@ const file_plugin_sdk_proto_backendpb_backend_proto_rawDesc = "" +
 	"\bendpoint\x18\x01 \x01(\x04R\bendpoint\x12\x14\n" +
 	"\x05local\x18\x02 \x01(\x04R\x05local\x12/\n" +
 	"\x06remote\x18\x03 \x01(\v2\x17.umbp.backend.v1.RemoteR\x06remote\x12\x18\n" +
-	"\asession\x18\x04 \x01(\x04R\asession\"\x9d\x01\n" +
+	"\asession\x18\x04 \x01(\x04R\asession\"\xb3\x01\n" +
 	"\x06Remote\x12)\n" +
 	"\x04peer\x18\x01 \x01(\v2\x15.umbp.backend.v1.PeerR\x04peer\x12\x16\n" +
 	"\x06region\x18\x02 \x01(\x04R\x06region\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\rR\x04kind\x12\x16\n" +
 	"\x06rights\x18\x04 \x01(\rR\x06rights\x12\x12\n" +
 	"\x04size\x18\x05 \x01(\x04R\x04size\x12\x10\n" +
-	"\x03key\x18\x06 \x01(\fR\x03key\"@\n" +
+	"\x03key\x18\x06 \x01(\fR\x03key\x12\x14\n" +
+	"\x05place\x18\a \x01(\tR\x05place\"@\n" +
 	"\x10OpenSessionReply\x12,\n" +
 	"\x05error\x18\x01 \x01(\v2\x16.umbp.backend.v1.ErrorR\x05error\"/\n" +
 	"\x13CloseSessionRequest\x12\x18\n" +
@@ -3152,7 +3398,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_rawDescGZIP() []byte {
 }
 
 var file_plugin_sdk_proto_backendpb_backend_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_plugin_sdk_proto_backendpb_backend_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(DataPath)(0),                // 0: umbp.backend.v1.DataPath
 	(MemoryAccess)(0),            // 1: umbp.backend.v1.MemoryAccess
@@ -3163,54 +3409,57 @@ var file_plugin_sdk_proto_backendpb_backend_proto_goTypes = []any{
 	(*OpenReply)(nil),            // 6: umbp.backend.v1.OpenReply
 	(*Info)(nil),                 // 7: umbp.backend.v1.Info
 	(*Capabilities)(nil),         // 8: umbp.backend.v1.Capabilities
-	(*AttachRequest)(nil),        // 9: umbp.backend.v1.AttachRequest
-	(*AttachReply)(nil),          // 10: umbp.backend.v1.AttachReply
-	(*PingRequest)(nil),          // 11: umbp.backend.v1.PingRequest
-	(*PingReply)(nil),            // 12: umbp.backend.v1.PingReply
-	(*RegisterRequest)(nil),      // 13: umbp.backend.v1.RegisterRequest
-	(*RegisterReply)(nil),        // 14: umbp.backend.v1.RegisterReply
-	(*DeregisterRequest)(nil),    // 15: umbp.backend.v1.DeregisterRequest
-	(*DeregisterReply)(nil),      // 16: umbp.backend.v1.DeregisterReply
-	(*OfferRequest)(nil),         // 17: umbp.backend.v1.OfferRequest
-	(*OfferReply)(nil),           // 18: umbp.backend.v1.OfferReply
-	(*EstablishRequest)(nil),     // 19: umbp.backend.v1.EstablishRequest
-	(*EstablishReply)(nil),       // 20: umbp.backend.v1.EstablishReply
-	(*AbandonRequest)(nil),       // 21: umbp.backend.v1.AbandonRequest
-	(*AbandonReply)(nil),         // 22: umbp.backend.v1.AbandonReply
-	(*AnswerRequest)(nil),        // 23: umbp.backend.v1.AnswerRequest
-	(*AnswerReply)(nil),          // 24: umbp.backend.v1.AnswerReply
-	(*FenceRequest)(nil),         // 25: umbp.backend.v1.FenceRequest
-	(*FenceReply)(nil),           // 26: umbp.backend.v1.FenceReply
-	(*CloseEndpointRequest)(nil), // 27: umbp.backend.v1.CloseEndpointRequest
-	(*CloseEndpointReply)(nil),   // 28: umbp.backend.v1.CloseEndpointReply
-	(*OpenSessionRequest)(nil),   // 29: umbp.backend.v1.OpenSessionRequest
-	(*Remote)(nil),               // 30: umbp.backend.v1.Remote
-	(*OpenSessionReply)(nil),     // 31: umbp.backend.v1.OpenSessionReply
-	(*CloseSessionRequest)(nil),  // 32: umbp.backend.v1.CloseSessionRequest
-	(*CloseSessionReply)(nil),    // 33: umbp.backend.v1.CloseSessionReply
-	(*CloseRequest)(nil),         // 34: umbp.backend.v1.CloseRequest
-	(*CloseReply)(nil),           // 35: umbp.backend.v1.CloseReply
-	(*EventsRequest)(nil),        // 36: umbp.backend.v1.EventsRequest
-	(*Event)(nil),                // 37: umbp.backend.v1.Event
-	(*EndpointDown)(nil),         // 38: umbp.backend.v1.EndpointDown
-	(*Flush)(nil),                // 39: umbp.backend.v1.Flush
-	(*HostFrame)(nil),            // 40: umbp.backend.v1.HostFrame
-	(*Post)(nil),                 // 41: umbp.backend.v1.Post
-	(*Cancel)(nil),               // 42: umbp.backend.v1.Cancel
-	(*PluginFrame)(nil),          // 43: umbp.backend.v1.PluginFrame
-	(*Completion)(nil),           // 44: umbp.backend.v1.Completion
-	(*MemoryRequest)(nil),        // 45: umbp.backend.v1.MemoryRequest
-	(*MemoryReply)(nil),          // 46: umbp.backend.v1.MemoryReply
-	(*CountersRequest)(nil),      // 47: umbp.backend.v1.CountersRequest
-	(*CountersReply)(nil),        // 48: umbp.backend.v1.CountersReply
-	(*Count)(nil),                // 49: umbp.backend.v1.Count
-	nil,                          // 50: umbp.backend.v1.OpenRequest.OptionsEntry
+	(*Links)(nil),                // 9: umbp.backend.v1.Links
+	(*Link)(nil),                 // 10: umbp.backend.v1.Link
+	(*AttachRequest)(nil),        // 11: umbp.backend.v1.AttachRequest
+	(*AttachReply)(nil),          // 12: umbp.backend.v1.AttachReply
+	(*PingRequest)(nil),          // 13: umbp.backend.v1.PingRequest
+	(*PingReply)(nil),            // 14: umbp.backend.v1.PingReply
+	(*RegisterRequest)(nil),      // 15: umbp.backend.v1.RegisterRequest
+	(*GPURange)(nil),             // 16: umbp.backend.v1.GPURange
+	(*RegisterReply)(nil),        // 17: umbp.backend.v1.RegisterReply
+	(*DeregisterRequest)(nil),    // 18: umbp.backend.v1.DeregisterRequest
+	(*DeregisterReply)(nil),      // 19: umbp.backend.v1.DeregisterReply
+	(*OfferRequest)(nil),         // 20: umbp.backend.v1.OfferRequest
+	(*OfferReply)(nil),           // 21: umbp.backend.v1.OfferReply
+	(*EstablishRequest)(nil),     // 22: umbp.backend.v1.EstablishRequest
+	(*EstablishReply)(nil),       // 23: umbp.backend.v1.EstablishReply
+	(*AbandonRequest)(nil),       // 24: umbp.backend.v1.AbandonRequest
+	(*AbandonReply)(nil),         // 25: umbp.backend.v1.AbandonReply
+	(*AnswerRequest)(nil),        // 26: umbp.backend.v1.AnswerRequest
+	(*AnswerReply)(nil),          // 27: umbp.backend.v1.AnswerReply
+	(*FenceRequest)(nil),         // 28: umbp.backend.v1.FenceRequest
+	(*FenceReply)(nil),           // 29: umbp.backend.v1.FenceReply
+	(*CloseEndpointRequest)(nil), // 30: umbp.backend.v1.CloseEndpointRequest
+	(*CloseEndpointReply)(nil),   // 31: umbp.backend.v1.CloseEndpointReply
+	(*OpenSessionRequest)(nil),   // 32: umbp.backend.v1.OpenSessionRequest
+	(*Remote)(nil),               // 33: umbp.backend.v1.Remote
+	(*OpenSessionReply)(nil),     // 34: umbp.backend.v1.OpenSessionReply
+	(*CloseSessionRequest)(nil),  // 35: umbp.backend.v1.CloseSessionRequest
+	(*CloseSessionReply)(nil),    // 36: umbp.backend.v1.CloseSessionReply
+	(*CloseRequest)(nil),         // 37: umbp.backend.v1.CloseRequest
+	(*CloseReply)(nil),           // 38: umbp.backend.v1.CloseReply
+	(*EventsRequest)(nil),        // 39: umbp.backend.v1.EventsRequest
+	(*Event)(nil),                // 40: umbp.backend.v1.Event
+	(*EndpointDown)(nil),         // 41: umbp.backend.v1.EndpointDown
+	(*Flush)(nil),                // 42: umbp.backend.v1.Flush
+	(*HostFrame)(nil),            // 43: umbp.backend.v1.HostFrame
+	(*Post)(nil),                 // 44: umbp.backend.v1.Post
+	(*Cancel)(nil),               // 45: umbp.backend.v1.Cancel
+	(*PluginFrame)(nil),          // 46: umbp.backend.v1.PluginFrame
+	(*Completion)(nil),           // 47: umbp.backend.v1.Completion
+	(*MemoryRequest)(nil),        // 48: umbp.backend.v1.MemoryRequest
+	(*MemoryReply)(nil),          // 49: umbp.backend.v1.MemoryReply
+	(*CountersRequest)(nil),      // 50: umbp.backend.v1.CountersRequest
+	(*CountersReply)(nil),        // 51: umbp.backend.v1.CountersReply
+	(*Count)(nil),                // 52: umbp.backend.v1.Count
+	nil,                          // 53: umbp.backend.v1.OpenRequest.OptionsEntry
 }
 var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	2,  // 0: umbp.backend.v1.Error.peer:type_name -> umbp.backend.v1.Peer
 	3,  // 1: umbp.backend.v1.Error.cause:type_name -> umbp.backend.v1.Error
 	2,  // 2: umbp.backend.v1.OpenRequest.self:type_name -> umbp.backend.v1.Peer
-	50, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
+	53, // 3: umbp.backend.v1.OpenRequest.options:type_name -> umbp.backend.v1.OpenRequest.OptionsEntry
 	5,  // 4: umbp.backend.v1.OpenRequest.credentials:type_name -> umbp.backend.v1.Credentials
 	0,  // 5: umbp.backend.v1.OpenRequest.data_paths:type_name -> umbp.backend.v1.DataPath
 	1,  // 6: umbp.backend.v1.OpenRequest.memory_accesses:type_name -> umbp.backend.v1.MemoryAccess
@@ -3219,71 +3468,74 @@ var file_plugin_sdk_proto_backendpb_backend_proto_depIdxs = []int32{
 	0,  // 9: umbp.backend.v1.OpenReply.data_path:type_name -> umbp.backend.v1.DataPath
 	1,  // 10: umbp.backend.v1.OpenReply.memory_access:type_name -> umbp.backend.v1.MemoryAccess
 	8,  // 11: umbp.backend.v1.Info.capabilities:type_name -> umbp.backend.v1.Capabilities
-	3,  // 12: umbp.backend.v1.AttachReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 13: umbp.backend.v1.RegisterReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 14: umbp.backend.v1.DeregisterReply.error:type_name -> umbp.backend.v1.Error
-	2,  // 15: umbp.backend.v1.OfferRequest.peer:type_name -> umbp.backend.v1.Peer
-	3,  // 16: umbp.backend.v1.OfferReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 17: umbp.backend.v1.EstablishReply.error:type_name -> umbp.backend.v1.Error
-	2,  // 18: umbp.backend.v1.AnswerRequest.peer:type_name -> umbp.backend.v1.Peer
-	3,  // 19: umbp.backend.v1.AnswerReply.error:type_name -> umbp.backend.v1.Error
-	2,  // 20: umbp.backend.v1.FenceRequest.peer:type_name -> umbp.backend.v1.Peer
-	3,  // 21: umbp.backend.v1.FenceReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 22: umbp.backend.v1.CloseEndpointReply.error:type_name -> umbp.backend.v1.Error
-	30, // 23: umbp.backend.v1.OpenSessionRequest.remote:type_name -> umbp.backend.v1.Remote
-	2,  // 24: umbp.backend.v1.Remote.peer:type_name -> umbp.backend.v1.Peer
-	3,  // 25: umbp.backend.v1.OpenSessionReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 26: umbp.backend.v1.CloseSessionReply.error:type_name -> umbp.backend.v1.Error
-	3,  // 27: umbp.backend.v1.CloseReply.error:type_name -> umbp.backend.v1.Error
-	38, // 28: umbp.backend.v1.Event.endpoint_down:type_name -> umbp.backend.v1.EndpointDown
-	39, // 29: umbp.backend.v1.Event.flush:type_name -> umbp.backend.v1.Flush
-	41, // 30: umbp.backend.v1.HostFrame.post:type_name -> umbp.backend.v1.Post
-	42, // 31: umbp.backend.v1.HostFrame.cancel:type_name -> umbp.backend.v1.Cancel
-	46, // 32: umbp.backend.v1.HostFrame.memory:type_name -> umbp.backend.v1.MemoryReply
-	44, // 33: umbp.backend.v1.PluginFrame.completion:type_name -> umbp.backend.v1.Completion
-	45, // 34: umbp.backend.v1.PluginFrame.memory:type_name -> umbp.backend.v1.MemoryRequest
-	3,  // 35: umbp.backend.v1.Completion.error:type_name -> umbp.backend.v1.Error
-	3,  // 36: umbp.backend.v1.MemoryReply.error:type_name -> umbp.backend.v1.Error
-	49, // 37: umbp.backend.v1.CountersReply.counts:type_name -> umbp.backend.v1.Count
-	4,  // 38: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
-	9,  // 39: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
-	11, // 40: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
-	13, // 41: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
-	15, // 42: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
-	17, // 43: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
-	19, // 44: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
-	21, // 45: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
-	23, // 46: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
-	25, // 47: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
-	27, // 48: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
-	29, // 49: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
-	32, // 50: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
-	34, // 51: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
-	47, // 52: umbp.backend.v1.Backend.Counters:input_type -> umbp.backend.v1.CountersRequest
-	36, // 53: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
-	40, // 54: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
-	6,  // 55: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
-	10, // 56: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
-	12, // 57: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
-	14, // 58: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
-	16, // 59: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
-	18, // 60: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
-	20, // 61: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
-	22, // 62: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
-	24, // 63: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
-	26, // 64: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
-	28, // 65: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
-	31, // 66: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
-	33, // 67: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
-	35, // 68: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
-	48, // 69: umbp.backend.v1.Backend.Counters:output_type -> umbp.backend.v1.CountersReply
-	37, // 70: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
-	43, // 71: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
-	55, // [55:72] is the sub-list for method output_type
-	38, // [38:55] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	9,  // 12: umbp.backend.v1.Capabilities.links:type_name -> umbp.backend.v1.Links
+	10, // 13: umbp.backend.v1.Links.links:type_name -> umbp.backend.v1.Link
+	3,  // 14: umbp.backend.v1.AttachReply.error:type_name -> umbp.backend.v1.Error
+	16, // 15: umbp.backend.v1.RegisterRequest.gpu:type_name -> umbp.backend.v1.GPURange
+	3,  // 16: umbp.backend.v1.RegisterReply.error:type_name -> umbp.backend.v1.Error
+	3,  // 17: umbp.backend.v1.DeregisterReply.error:type_name -> umbp.backend.v1.Error
+	2,  // 18: umbp.backend.v1.OfferRequest.peer:type_name -> umbp.backend.v1.Peer
+	3,  // 19: umbp.backend.v1.OfferReply.error:type_name -> umbp.backend.v1.Error
+	3,  // 20: umbp.backend.v1.EstablishReply.error:type_name -> umbp.backend.v1.Error
+	2,  // 21: umbp.backend.v1.AnswerRequest.peer:type_name -> umbp.backend.v1.Peer
+	3,  // 22: umbp.backend.v1.AnswerReply.error:type_name -> umbp.backend.v1.Error
+	2,  // 23: umbp.backend.v1.FenceRequest.peer:type_name -> umbp.backend.v1.Peer
+	3,  // 24: umbp.backend.v1.FenceReply.error:type_name -> umbp.backend.v1.Error
+	3,  // 25: umbp.backend.v1.CloseEndpointReply.error:type_name -> umbp.backend.v1.Error
+	33, // 26: umbp.backend.v1.OpenSessionRequest.remote:type_name -> umbp.backend.v1.Remote
+	2,  // 27: umbp.backend.v1.Remote.peer:type_name -> umbp.backend.v1.Peer
+	3,  // 28: umbp.backend.v1.OpenSessionReply.error:type_name -> umbp.backend.v1.Error
+	3,  // 29: umbp.backend.v1.CloseSessionReply.error:type_name -> umbp.backend.v1.Error
+	3,  // 30: umbp.backend.v1.CloseReply.error:type_name -> umbp.backend.v1.Error
+	41, // 31: umbp.backend.v1.Event.endpoint_down:type_name -> umbp.backend.v1.EndpointDown
+	42, // 32: umbp.backend.v1.Event.flush:type_name -> umbp.backend.v1.Flush
+	44, // 33: umbp.backend.v1.HostFrame.post:type_name -> umbp.backend.v1.Post
+	45, // 34: umbp.backend.v1.HostFrame.cancel:type_name -> umbp.backend.v1.Cancel
+	49, // 35: umbp.backend.v1.HostFrame.memory:type_name -> umbp.backend.v1.MemoryReply
+	47, // 36: umbp.backend.v1.PluginFrame.completion:type_name -> umbp.backend.v1.Completion
+	48, // 37: umbp.backend.v1.PluginFrame.memory:type_name -> umbp.backend.v1.MemoryRequest
+	3,  // 38: umbp.backend.v1.Completion.error:type_name -> umbp.backend.v1.Error
+	3,  // 39: umbp.backend.v1.MemoryReply.error:type_name -> umbp.backend.v1.Error
+	52, // 40: umbp.backend.v1.CountersReply.counts:type_name -> umbp.backend.v1.Count
+	4,  // 41: umbp.backend.v1.Backend.Open:input_type -> umbp.backend.v1.OpenRequest
+	11, // 42: umbp.backend.v1.Backend.Attach:input_type -> umbp.backend.v1.AttachRequest
+	13, // 43: umbp.backend.v1.Backend.Ping:input_type -> umbp.backend.v1.PingRequest
+	15, // 44: umbp.backend.v1.Backend.Register:input_type -> umbp.backend.v1.RegisterRequest
+	18, // 45: umbp.backend.v1.Backend.Deregister:input_type -> umbp.backend.v1.DeregisterRequest
+	20, // 46: umbp.backend.v1.Backend.Offer:input_type -> umbp.backend.v1.OfferRequest
+	22, // 47: umbp.backend.v1.Backend.Establish:input_type -> umbp.backend.v1.EstablishRequest
+	24, // 48: umbp.backend.v1.Backend.Abandon:input_type -> umbp.backend.v1.AbandonRequest
+	26, // 49: umbp.backend.v1.Backend.Answer:input_type -> umbp.backend.v1.AnswerRequest
+	28, // 50: umbp.backend.v1.Backend.Fence:input_type -> umbp.backend.v1.FenceRequest
+	30, // 51: umbp.backend.v1.Backend.CloseEndpoint:input_type -> umbp.backend.v1.CloseEndpointRequest
+	32, // 52: umbp.backend.v1.Backend.OpenSession:input_type -> umbp.backend.v1.OpenSessionRequest
+	35, // 53: umbp.backend.v1.Backend.CloseSession:input_type -> umbp.backend.v1.CloseSessionRequest
+	37, // 54: umbp.backend.v1.Backend.Close:input_type -> umbp.backend.v1.CloseRequest
+	50, // 55: umbp.backend.v1.Backend.Counters:input_type -> umbp.backend.v1.CountersRequest
+	39, // 56: umbp.backend.v1.Backend.Events:input_type -> umbp.backend.v1.EventsRequest
+	43, // 57: umbp.backend.v1.Backend.Transfers:input_type -> umbp.backend.v1.HostFrame
+	6,  // 58: umbp.backend.v1.Backend.Open:output_type -> umbp.backend.v1.OpenReply
+	12, // 59: umbp.backend.v1.Backend.Attach:output_type -> umbp.backend.v1.AttachReply
+	14, // 60: umbp.backend.v1.Backend.Ping:output_type -> umbp.backend.v1.PingReply
+	17, // 61: umbp.backend.v1.Backend.Register:output_type -> umbp.backend.v1.RegisterReply
+	19, // 62: umbp.backend.v1.Backend.Deregister:output_type -> umbp.backend.v1.DeregisterReply
+	21, // 63: umbp.backend.v1.Backend.Offer:output_type -> umbp.backend.v1.OfferReply
+	23, // 64: umbp.backend.v1.Backend.Establish:output_type -> umbp.backend.v1.EstablishReply
+	25, // 65: umbp.backend.v1.Backend.Abandon:output_type -> umbp.backend.v1.AbandonReply
+	27, // 66: umbp.backend.v1.Backend.Answer:output_type -> umbp.backend.v1.AnswerReply
+	29, // 67: umbp.backend.v1.Backend.Fence:output_type -> umbp.backend.v1.FenceReply
+	31, // 68: umbp.backend.v1.Backend.CloseEndpoint:output_type -> umbp.backend.v1.CloseEndpointReply
+	34, // 69: umbp.backend.v1.Backend.OpenSession:output_type -> umbp.backend.v1.OpenSessionReply
+	36, // 70: umbp.backend.v1.Backend.CloseSession:output_type -> umbp.backend.v1.CloseSessionReply
+	38, // 71: umbp.backend.v1.Backend.Close:output_type -> umbp.backend.v1.CloseReply
+	51, // 72: umbp.backend.v1.Backend.Counters:output_type -> umbp.backend.v1.CountersReply
+	40, // 73: umbp.backend.v1.Backend.Events:output_type -> umbp.backend.v1.Event
+	46, // 74: umbp.backend.v1.Backend.Transfers:output_type -> umbp.backend.v1.PluginFrame
+	58, // [58:75] is the sub-list for method output_type
+	41, // [41:58] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_plugin_sdk_proto_backendpb_backend_proto_init() }
@@ -3291,16 +3543,16 @@ func file_plugin_sdk_proto_backendpb_backend_proto_init() {
 	if File_plugin_sdk_proto_backendpb_backend_proto != nil {
 		return
 	}
-	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[35].OneofWrappers = []any{
+	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38].OneofWrappers = []any{
 		(*Event_EndpointDown)(nil),
 		(*Event_Flush)(nil),
 	}
-	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[38].OneofWrappers = []any{
+	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41].OneofWrappers = []any{
 		(*HostFrame_Post)(nil),
 		(*HostFrame_Cancel)(nil),
 		(*HostFrame_Memory)(nil),
 	}
-	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[41].OneofWrappers = []any{
+	file_plugin_sdk_proto_backendpb_backend_proto_msgTypes[44].OneofWrappers = []any{
 		(*PluginFrame_Completion)(nil),
 		(*PluginFrame_Memory)(nil),
 	}
@@ -3310,7 +3562,7 @@ func file_plugin_sdk_proto_backendpb_backend_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc), len(file_plugin_sdk_proto_backendpb_backend_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   49,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
