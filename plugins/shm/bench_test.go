@@ -18,7 +18,7 @@ const (
 )
 
 // newBench connects to a target in another process. The regions have been touched.
-func newBench(b *testing.B) (*session, signal) {
+func newBench(b *testing.B) (backend.Session, *path, signal) {
 	a := newInstance(b, peer("a", 1))
 	target := startChild(b, peer("b", 2))
 	near := memory(b, 1, benchSize, 0)
@@ -28,17 +28,17 @@ func newBench(b *testing.B) (*session, signal) {
 	done := make(signal, 1)
 	s, err := connect(b, a, target.self, target).Session(soon(b), 1, remote, done)
 	must(b, err)
-	return s.(*session), done
+	return s, a.mover.path, done
 }
 
 // memcpy copies the segments with as many goroutines as the backend has, each an equal share.
-func memcpy(s *session, segments []backend.Segment) {
+func memcpy(p *path, segments []backend.Segment) {
 	workers := runtime.GOMAXPROCS(0)
 	var group sync.WaitGroup
 	for w := range workers {
 		group.Go(func() {
 			for _, g := range segments[w*len(segments)/workers : (w+1)*len(segments)/workers] {
-				copy(s.far.bytes[g.Remote:g.Remote+g.Length], s.near[g.Local:g.Local+g.Length])
+				copy(p.far[g.Remote:g.Remote+g.Length], p.near[g.Local:g.Local+g.Length])
 			}
 		})
 	}
@@ -68,7 +68,7 @@ func BenchmarkTransfer(b *testing.B) {
 		{"16384-pages-shuffled", pages, pages},
 	} {
 		b.Run(c.name, func(b *testing.B) {
-			s, done := newBench(b)
+			s, p, done := newBench(b)
 			best := [3]time.Duration{1 << 62, 1 << 62, 1 << 62}
 			var used [3]time.Duration
 			turn := func(i int, do func()) {
@@ -82,8 +82,8 @@ func BenchmarkTransfer(b *testing.B) {
 					must(b, s.Post(backend.Transfer{Op: backend.Write, Segments: c.segments}))
 					must(b, <-done)
 				})
-				turn(1, func() { memcpy(s, ranges) })
-				turn(2, func() { memcpy(s, c.plain) })
+				turn(1, func() { memcpy(p, ranges) })
+				turn(2, func() { memcpy(p, c.plain) })
 			}
 			speed := func(d time.Duration) float64 { return benchSize / d.Seconds() / 1e9 }
 			b.ReportMetric(0, "ns/op")
@@ -112,11 +112,12 @@ func BenchmarkLatency(b *testing.B) {
 		length uint64
 	}{{"4KiB", 4 << 10}, {"64KiB", 64 << 10}, {"128KiB", 128 << 10}} {
 		b.Run(c.name, func(b *testing.B) {
-			s, done := newBench(b)
+			s, _, done := newBench(b)
 			b.ReportAllocs()
 			b.SetBytes(int64(c.length))
+			transfer := backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: c.length}}}
 			for b.Loop() {
-				if err := s.Post(backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: c.length}}}); err != nil {
+				if err := s.Post(transfer); err != nil {
 					b.Fatal(err)
 				}
 				<-done

@@ -8,29 +8,23 @@ import (
 	"net/rpc"
 	"os"
 	"os/exec"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
 
 // childEnv makes the test binary serve as the other process.
 const childEnv = "UMBP_SHM_TEST_CHILD"
 
-// Child is an instance in another process, driven over the standard input and output: the control plane of these
-// tests. It is exported because net/rpc asks for that.
+// Child is a target in another process, driven over the standard input and output: the control plane of these tests. It
+// is exported because net/rpc asks for that.
 type Child struct {
-	mu        sync.Mutex
-	instance  *instance
-	memories  map[backend.RegionID]backend.Memory
-	handshake backend.Handshake
-	endpoint  backend.Endpoint
-	session   backend.Session
-	posted    uint64
-	moved     chan struct{} // closed after the first transfer of Hammer
+	instance *samehost.Instance
+	memories map[backend.RegionID]backend.Memory
 }
 
 type stdio struct {
@@ -42,7 +36,7 @@ func (stdio) Close() error { return nil }
 
 func serveChild() {
 	server := rpc.NewServer()
-	c := &Child{memories: make(map[backend.RegionID]backend.Memory), moved: make(chan struct{})}
+	c := &Child{memories: make(map[backend.RegionID]backend.Memory)}
 	if err := server.Register(c); err != nil {
 		panic(err)
 	}
@@ -60,7 +54,7 @@ type OpenArgs struct {
 
 // Open opens the instance.
 func (c *Child) Open(a OpenArgs, _ *Nothing) (err error) {
-	c.instance, err = openInstance(a.Self, a.Options)
+	c.instance, _, err = openInstance(a.Self, a.Options)
 	return err
 }
 
@@ -69,36 +63,23 @@ type RegionArgs struct {
 	ID     backend.RegionID
 	Size   int
 	Rights backend.Rights
-	Seals  int
 	Seed   uint64 // of the first contents
+	NoFile bool   // it is registered without its descriptor
 }
 
 // Register makes a region and returns its key.
 func (c *Child) Register(a RegionArgs, key *[]byte) error {
-	m, err := newMemory(a.ID, a.Size, a.Rights, a.Seals)
+	m, err := newMemory(a.ID, a.Size, a.Rights, unix.F_SEAL_SHRINK)
 	if err != nil {
 		return err
 	}
 	fill(m.Bytes, a.Seed)
-	c.mu.Lock()
 	c.memories[a.ID] = m
-	c.mu.Unlock()
+	if a.NoFile {
+		m.FD = -1
+	}
 	*key, err = c.instance.Register(context.Background(), m)
 	return err
-}
-
-// Deregister ends a region and unmaps it.
-func (c *Child) Deregister(id backend.RegionID, _ *Nothing) error {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if err := c.instance.Deregister(ctx, id); err != nil {
-		return err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	freeMemory(c.memories[id])
-	delete(c.memories, id)
-	return nil
 }
 
 // Fill gives a region new contents.
@@ -124,76 +105,6 @@ func (c *Child) Answer(a PeerArgs, answer *[]byte) (err error) {
 	*answer, err = c.instance.Answer(context.Background(), a.Peer, a.Bytes)
 	return err
 }
-
-// Offer begins to connect to a peer.
-func (c *Child) Offer(peer backend.Peer, offer *[]byte) (err error) {
-	if c.handshake, err = c.instance.Offer(context.Background(), peer); err == nil {
-		*offer = c.handshake.Offer()
-	}
-	return err
-}
-
-// Establish connects to the peer.
-func (c *Child) Establish(answer []byte, _ *Nothing) (err error) {
-	c.endpoint, err = c.handshake.Establish(context.Background(), answer)
-	return err
-}
-
-// HammerArgs say between which regions to copy.
-type HammerArgs struct {
-	Local  backend.RegionID
-	Remote backend.Remote
-}
-
-// Session opens a session and posts nothing.
-func (c *Child) Session(a HammerArgs, _ *Nothing) (err error) {
-	c.session, err = c.endpoint.Session(context.Background(), a.Local, a.Remote, c)
-	return err
-}
-
-// Hammer writes the whole remote region again and again until the endpoint fails. It returns after the first time.
-func (c *Child) Hammer(a HammerArgs, _ *Nothing) (err error) {
-	if c.session, err = c.endpoint.Session(context.Background(), a.Local, a.Remote, c); err != nil {
-		return err
-	}
-	if err := c.hit(a.Remote.Size); err != nil {
-		return err
-	}
-	<-c.moved
-	return nil
-}
-
-func (c *Child) hit(size uint64) error {
-	c.mu.Lock()
-	c.posted++
-	cookie := c.posted
-	c.mu.Unlock()
-	return post(c.session, backend.Write, cookie, backend.Segment{Length: size})
-}
-
-// Complete makes the child a sink. It is no method for the parent.
-func (c *Child) Complete(done backend.Completion) {
-	if done.Cookie == 1 {
-		close(c.moved)
-	}
-	c.hit(uint64(len(c.memories[1].Bytes))) // refused once the endpoint has failed
-}
-
-// Ended waits until the endpoint has failed, and says why a transfer is refused now.
-func (c *Child) Ended(size uint64, code *backend.Code) error {
-	<-c.endpoint.Done()
-	*code = backend.CodeOf(c.hit(size))
-	return nil
-}
-
-// Counts returns how many descriptors are open and how many mappings there are.
-func (c *Child) Counts(_ Nothing, counts *[2]int) (err error) {
-	*counts, err = held()
-	return err
-}
-
-// Close closes the instance.
-func (c *Child) Close(_ Nothing, _ *Nothing) error { return c.instance.Close() }
 
 // child is the parent's handle of another process.
 type child struct {
@@ -227,23 +138,6 @@ func (c *child) kill() {
 	c.rpc.Close()
 }
 
-// stop stops the child and returns when its last thread stands still.
-func (c *child) stop(t testing.TB) {
-	t.Helper()
-	must(t, c.cmd.Process.Signal(unix.SIGSTOP))
-	var status unix.WaitStatus
-	for {
-		_, err := unix.Wait4(c.cmd.Process.Pid, &status, unix.WUNTRACED, nil)
-		if err != unix.EINTR {
-			must(t, err)
-			break
-		}
-	}
-	if !status.Stopped() {
-		t.Fatalf("the child is not stopped, its status is %#x", status)
-	}
-}
-
 func (c *child) call(method string, args, reply any) error {
 	call := c.rpc.Go("Child."+method, args, reply, make(chan *rpc.Call, 1))
 	select {
@@ -263,9 +157,6 @@ func (c *child) Answer(_ context.Context, peer backend.Peer, offer []byte) (answ
 // register makes the child make a region.
 func (c *child) register(t testing.TB, a RegionArgs) backend.Remote {
 	t.Helper()
-	if a.Seals == 0 {
-		a.Seals = unix.F_SEAL_SHRINK
-	}
 	var key []byte
 	must(t, c.call("Register", a, &key))
 	return backend.Remote{
@@ -277,14 +168,4 @@ func (c *child) sum(t testing.TB, id backend.RegionID) (sum [sha256.Size]byte) {
 	t.Helper()
 	must(t, c.call("Sum", id, &sum))
 	return sum
-}
-
-// connectTo makes the child an initiator.
-func (c *child) connectTo(t testing.TB, i *instance) {
-	t.Helper()
-	var offer []byte
-	must(t, c.call("Offer", i.self, &offer))
-	answer, err := i.Answer(soon(t), c.self, offer)
-	must(t, err)
-	must(t, c.call("Establish", answer, &Nothing{}))
 }

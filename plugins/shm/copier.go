@@ -1,6 +1,10 @@
 package shm
 
-import "sync"
+import (
+	"sync"
+
+	"github.com/umbp/umbp/plugin-sdk/samehost"
+)
 
 // copier is the pool of goroutines that copy. It serves transfers in the order in which they were posted, each
 // with all workers at once: part by part, so that the last worker to finish is never far behind the others.
@@ -12,7 +16,18 @@ type copier struct {
 	closed bool
 	// queue is the head of a ring of the transfers that have parts to take. Its length is bounded by the windows
 	// of the endpoints.
-	queue transfer
+	queue task
+}
+
+// task is what the copier knows of a transfer: its Transfer.State. Workers take parts off its front and copy them side by
+// side; whoever puts back the last finishes it. All of it is under copier.mu.
+type task struct {
+	transfer      *samehost.Transfer
+	path          *path
+	cursor        cursor
+	out           int  // parts being copied
+	queued        bool // it is in the copier's queue
+	before, after *task
 }
 
 func startCopier(workers int) *copier {
@@ -52,58 +67,62 @@ func (c *copier) run() {
 
 // advance copies one part of the transfer at the head of the queue. It holds the lock when it is called and when
 // it returns.
-func (c *copier) advance(t *transfer) {
-	p := t.take()
-	if t.next == len(t.segments) || p.bytes == 0 {
+func (c *copier) advance(t *task) {
+	p := t.cursor.take(t.transfer)
+	if p.bytes == 0 || t.cursor.next == len(t.transfer.Segments) {
 		c.remove(t)
 	}
 	t.out++
 	c.mu.Unlock()
-	t.copy(p)
+	t.path.copy(t.transfer, p)
 	c.mu.Lock()
 	t.out--
 	if t.out == 0 && !t.queued {
 		c.mu.Unlock()
-		t.finish()
+		t.transfer.Finish(t.cursor.outcomes(t.transfer), nil)
 		c.mu.Lock()
 	}
 }
 
-// add queues a transfer of so many bytes.
-func (c *copier) add(t *transfer, bytes uint64) {
+// add queues a transfer.
+func (c *copier) add(x *samehost.Transfer, p *path) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.stopped.Load() {
+	t, _ := x.State.(*task)
+	if t == nil {
+		t = &task{transfer: x}
+		x.State = t
+	}
+	t.path, t.cursor = p, cursor{}
+	if x.Stopped() {
 		c.insert(t, &c.queue)
 	} else {
 		c.insert(t, c.queue.before)
 	}
-	if bytes > partBytes {
+	if x.Bytes > partBytes {
 		c.work.Broadcast()
 	} else {
 		c.work.Signal() // there is work for one only
 	}
 }
 
-// stop lets no further part of a transfer be taken. A worker finishes it next. The caller makes sure that it has
-// not finished yet.
-func (c *copier) stop(t *transfer) {
-	t.stopped.Store(true)
+// hurry has a worker finish a stopped transfer next, of which no further part is taken.
+func (c *copier) hurry(x *samehost.Transfer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if t.queued {
+	if t, _ := x.State.(*task); t != nil && t.queued {
 		c.remove(t)
 		c.insert(t, &c.queue)
 	}
 }
 
-func (c *copier) insert(t, before *transfer) {
+func (c *copier) insert(t, before *task) {
 	t.queued = true
 	t.before, t.after = before, before.after
 	t.before.after, t.after.before = t, t
 }
 
-func (c *copier) remove(t *transfer) {
+func (c *copier) remove(t *task) {
 	t.queued = false
 	t.before.after, t.after.before = t.after, t.before
 	t.before, t.after = nil, nil

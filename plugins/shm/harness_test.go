@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
 
 // patience is how long a test waits for what must happen. No test depends on its length.
@@ -76,12 +77,36 @@ func socketDir(t testing.TB) string {
 	return dir
 }
 
-func openInstance(self backend.Peer, options map[string]string) (*instance, error) {
+// spy is a mover that remembers the last path.
+type spy struct {
+	*mover
+	path *path
+}
+
+// Join implements samehost.Mover.
+func (s *spy) Join(ctx context.Context, near, far samehost.Region, target samehost.Target) (samehost.Path, error) {
+	p, err := s.mover.Join(ctx, near, far, target)
+	if err == nil {
+		s.path = p.(*path)
+	}
+	return p, err
+}
+
+func openInstance(self backend.Peer, options map[string]string) (*samehost.Instance, *spy, error) {
 	values, err := backend.CheckOptions(Factory.Options, options)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return open(backend.Config{Self: self, Options: values})
+	m := &spy{mover: newMover(values)}
+	i, err := samehost.Open(backend.Config{Self: self, Options: values}, samehost.Settings{Info: info(values), Mover: m})
+	return i, m, err
+}
+
+// instance is an opened backend with what tests look at.
+type instance struct {
+	*samehost.Instance
+	self  backend.Peer
+	mover *spy
 }
 
 // newInstance opens an instance that is closed, without an error, when the test ends. Options are name=value.
@@ -92,14 +117,14 @@ func newInstance(t testing.TB, self backend.Peer, options ...string) *instance {
 		name, value, _ := strings.Cut(o, "=")
 		raw[name] = value
 	}
-	i, err := openInstance(self, raw)
+	i, m, err := openInstance(self, raw)
 	must(t, err)
 	t.Cleanup(func() {
 		if err := i.Close(); err != nil {
 			t.Errorf("close: %v", err)
 		}
 	})
-	return i
+	return &instance{i, self, m}
 }
 
 // answerer is a target: an instance here, or one in a child process.
@@ -107,7 +132,7 @@ type answerer interface {
 	Answer(ctx context.Context, peer backend.Peer, offer []byte) ([]byte, error)
 }
 
-func connect(t testing.TB, from *instance, to backend.Peer, target answerer) *endpoint {
+func connect(t testing.TB, from *instance, to backend.Peer, target answerer) backend.Endpoint {
 	t.Helper()
 	h, err := from.Offer(soon(t), to)
 	must(t, err)
@@ -115,7 +140,7 @@ func connect(t testing.TB, from *instance, to backend.Peer, target answerer) *en
 	must(t, err)
 	e, err := h.Establish(soon(t), a)
 	must(t, err)
-	return e.(*endpoint)
+	return e
 }
 
 // register registers a region and returns its descriptor.
@@ -204,15 +229,6 @@ func wantCode(t testing.TB, err error, code backend.Code) {
 	}
 }
 
-func wantDone(t testing.TB, done <-chan struct{}) {
-	t.Helper()
-	select {
-	case <-done:
-	case <-time.After(patience):
-		t.Fatal("the endpoint does not end")
-	}
-}
-
 // fill writes bytes that are different for each seed.
 func fill(b []byte, seed uint64) {
 	var key [32]byte
@@ -231,16 +247,6 @@ func wantSame(t testing.TB, what string, got, want []byte) {
 		}
 	}
 	t.Fatalf("%s: %d bytes, want %d", what, len(got), len(want))
-}
-
-// held counts what this process holds: open descriptors, and mappings of test memory.
-func held() (counts [2]int, err error) {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return counts, err
-	}
-	text, err := os.ReadFile("/proc/self/maps")
-	return [2]int{len(entries), strings.Count(string(text), "memfd:umbp-shm-test")}, err
 }
 
 // protections lists the permissions of the mappings of test memory, sorted, from /proc/self/maps.

@@ -1,16 +1,14 @@
 package shm
 
 import (
-	"math"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
-	"time"
 
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
 
 const mib = 1 << 20
@@ -20,7 +18,7 @@ type pair struct {
 	a, b      *instance
 	near, far backend.Memory
 	remote    backend.Remote
-	endpoint  *endpoint
+	endpoint  backend.Endpoint
 	session   backend.Session
 	sink      *sink
 }
@@ -47,71 +45,21 @@ func newPair(t testing.TB, size int, options ...string) *pair {
 // byHand takes the workers away, so that a test decides when a part is copied. One comes back when the test ends,
 // lest a failed test wait for ever.
 func (i *instance) byHand(t testing.TB) {
-	i.copier.close()
-	i.copier = startCopier(0)
-	t.Cleanup(func() { i.copier.workers.Go(i.copier.run) })
+	i.mover.copier.close()
+	i.mover.copier = startCopier(0)
+	t.Cleanup(func() { i.mover.copier.workers.Go(i.mover.copier.run) })
 }
 
 // step does what a worker does in one round.
 func (i *instance) step(t testing.TB) {
 	t.Helper()
-	c := i.copier
+	c := i.mover.copier
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.queue.after == &c.queue {
 		t.Fatal("no transfer is queued")
 	}
 	c.advance(c.queue.after)
-}
-
-func TestPostRefuses(t *testing.T) {
-	p := newPair(t, 8192)
-	segment := func(local, remote, length uint64) []backend.Segment {
-		return []backend.Segment{{Length: 1}, {Local: local, Remote: remote, Length: length}}
-	}
-	for _, c := range []struct {
-		name     string
-		op       backend.Op
-		segments []backend.Segment
-		code     backend.Code
-		text     string
-	}{
-		{"no operation", 0, segment(0, 0, 1), backend.Unsupported, "op-0"},
-		{"two operations", backend.Write | backend.Read, segment(0, 0, 1), backend.Unsupported, "op-3"},
-		{"no segments", backend.Write, nil, backend.BadRequest, "no segments"},
-		{"too many segments", backend.Write, make([]backend.Segment, maxSegments+1), backend.BadRequest, "16385 segments"},
-		{"empty segment", backend.Write, segment(1, 5, 0), backend.BadRequest, "offset 5 is empty"},
-		{"local end", backend.Write, segment(8191, 0, 2), backend.BadRequest, "region 1, range [8191, +2)"},
-		{"remote end", backend.Read, segment(0, 8191, 2), backend.BadRequest, "region 2, range [8191, +2)"},
-		{"local start", backend.Read, segment(8193, 0, 1), backend.BadRequest, "region 1"},
-		{"remote start", backend.Write, segment(0, 8193, 1), backend.BadRequest, "region 2"},
-		{"local overflow", backend.Write, segment(math.MaxUint64, 0, 2), backend.BadRequest, "region 1"},
-		{"remote overflow", backend.Write, segment(0, math.MaxUint64, 2), backend.BadRequest, "region 2"},
-		{"length overflow", backend.Write, segment(1, 1, math.MaxUint64), backend.BadRequest, "region 1"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			err := post(p.session, c.op, 1, c.segments...)
-			wantCode(t, err, c.code)
-			if !strings.Contains(err.Error(), c.text) {
-				t.Errorf("error %q does not say %q", err, c.text)
-			}
-		})
-	}
-	must(t, p.session.Close())
-	wantCode(t, post(p.session, backend.Write, 1, backend.Segment{Length: 1}), backend.BadRequest)
-	if len(p.sink.got) != 0 {
-		t.Errorf("refused transfers completed: %v", p.sink.got)
-	}
-	want := make([]byte, 8192)
-	fill(want, 2)
-	wantSame(t, "remote region", p.far.Bytes, want)
-}
-
-func TestWholeRegionFits(t *testing.T) {
-	p := newPair(t, 8192)
-	must(t, post(p.session, backend.Write, 1, backend.Segment{Length: 8192}))
-	must(t, p.sink.wait(t, 1).Err)
-	wantSame(t, "remote region", p.far.Bytes, p.near.Bytes)
 }
 
 // TestInlineCompletesInPost relies on nobody else: there are no workers.
@@ -128,58 +76,6 @@ func TestInlineCompletesInPost(t *testing.T) {
 	}
 	p.a.step(t)
 	must(t, p.sink.wait(t, 2).Err)
-}
-
-func TestBusyBeyondWindow(t *testing.T) {
-	p := newPair(t, mib, "window=2", "inline_bytes=16")
-	p.a.byHand(t)
-	g := backend.Segment{Length: 1000}
-	must(t, post(p.session, backend.Write, 1, g))
-	must(t, post(p.session, backend.Write, 2, g))
-	wantCode(t, post(p.session, backend.Write, 3, g), backend.Busy)
-	wantCode(t, post(p.session, backend.Write, 3, backend.Segment{Length: 1}), backend.Busy)
-	p.a.step(t)
-	must(t, post(p.session, backend.Write, 3, g))
-	p.a.step(t)
-	p.a.step(t)
-	for cookie := range uint64(3) {
-		must(t, p.sink.wait(t, cookie+1).Err)
-	}
-}
-
-// again posts the next transfer from within Complete, as the contract allows.
-type again struct {
-	session backend.Session
-	left    atomic.Int64
-	ended   chan error
-}
-
-func (a *again) Complete(c backend.Completion) {
-	left := a.left.Add(-1)
-	if c.Err != nil || left < 0 {
-		a.ended <- c.Err
-		return
-	}
-	err := post(a.session, backend.Write, uint64(left), backend.Segment{Length: 1 << 10 << (left % 8)})
-	if err != nil {
-		a.ended <- err
-	}
-}
-
-func TestPostWithinComplete(t *testing.T) {
-	p := newPair(t, mib, "window=1") // the room is free when Complete is called
-	a := &again{ended: make(chan error, 1)}
-	a.left.Store(100)
-	var err error
-	a.session, err = p.endpoint.Session(soon(t), 1, p.remote, a)
-	must(t, err)
-	must(t, post(a.session, backend.Write, 100, backend.Segment{Length: 1}))
-	select {
-	case err := <-a.ended:
-		must(t, err)
-	case <-time.After(patience):
-		t.Fatal("the transfers do not end")
-	}
 }
 
 func TestCancelQueued(t *testing.T) {
@@ -246,31 +142,31 @@ func TestCancelInFlight(t *testing.T) {
 func TestParts(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		length := rapid.OneOf(rapid.Uint64Range(1, 5000), rapid.Uint64Range(mib-2, 5*mib), rapid.Just[uint64](2*mib))
-		x := new(transfer)
+		x, c := new(samehost.Transfer), new(cursor)
 		for _, n := range rapid.SliceOfN(length, 1, 3000).Draw(t, "lengths") {
-			x.segments = append(x.segments, backend.Segment{Length: n})
+			x.Segments = append(x.Segments, backend.Segment{Length: n})
 		}
 		next, offset := 0, uint64(0)
-		for p := x.take(); p.bytes > 0; p = x.take() {
+		for p := c.take(x); p.bytes > 0; p = c.take(x) {
 			if p.first != next || p.offset != offset {
 				t.Fatalf("part %+v does not start at segment %d, offset %d", p, next, offset)
 			}
-			if p.bytes >= 3*partBytes || x.next-p.first > partSegments {
+			if p.bytes >= 3*partBytes || c.next-p.first > partSegments {
 				t.Fatalf("part %+v is too large", p)
 			}
 			for left := p.bytes; left > 0; {
-				n := min(left, x.segments[next].Length-offset)
-				if n < partBytes && n < x.segments[next].Length {
-					t.Fatalf("a piece of %d bytes of segment %d of %d", n, next, x.segments[next].Length)
+				n := min(left, x.Segments[next].Length-offset)
+				if n < partBytes && n < x.Segments[next].Length {
+					t.Fatalf("a piece of %d bytes of segment %d of %d", n, next, x.Segments[next].Length)
 				}
 				left -= n
-				if offset += n; offset == x.segments[next].Length {
+				if offset += n; offset == x.Segments[next].Length {
 					next, offset = next+1, 0
 				}
 			}
 		}
-		if next != len(x.segments) || x.next != next {
-			t.Fatalf("the parts end at segment %d of %d", next, len(x.segments))
+		if next != len(x.Segments) || c.next != next {
+			t.Fatalf("the parts end at segment %d of %d", next, len(x.Segments))
 		}
 	})
 }
@@ -309,51 +205,6 @@ func TestCancelRaces(t *testing.T) {
 	}
 }
 
-// TestSessionCloseEndsTransfers closes one of two sessions: its transfers complete before Close returns, the
-// other's go on.
-func TestSessionCloseEndsTransfers(t *testing.T) {
-	p := newPair(t, 64*mib)
-	k := newSink()
-	other, err := p.endpoint.Session(soon(t), 1, p.remote, k)
-	must(t, err)
-	g := backend.Segment{Length: 64 * mib}
-	for cookie := range uint64(4) {
-		must(t, post(p.session, backend.Write, cookie, g))
-	}
-	must(t, post(other, backend.Write, 1, g))
-	must(t, p.session.Close())
-	must(t, p.session.Close())
-	if len(p.sink.got) != 4 {
-		t.Errorf("%d transfers have completed when Close returns, want 4", len(p.sink.got))
-	}
-	for cookie, c := range p.sink.got {
-		if c.Err != nil && backend.CodeOf(c.Err) != backend.Cancelled {
-			t.Errorf("transfer %d: %v", cookie, c.Err)
-		}
-	}
-	must(t, k.wait(t, 1).Err)
-}
-
-func TestEndpointClose(t *testing.T) {
-	p := newPair(t, 64*mib)
-	for cookie := range uint64(4) {
-		must(t, post(p.session, backend.Write, cookie, backend.Segment{Length: 64 * mib}))
-	}
-	must(t, p.endpoint.Close())
-	must(t, p.endpoint.Close())
-	if len(p.sink.got) != 4 {
-		t.Errorf("%d transfers have completed when Close returns, want 4", len(p.sink.got))
-	}
-	wantDone(t, p.endpoint.Done())
-	wantCode(t, post(p.session, backend.Write, 9, backend.Segment{Length: 1}), backend.PathDown)
-	_, err := p.endpoint.Session(soon(t), 1, p.remote, p.sink)
-	wantCode(t, err, backend.PathDown)
-	if len(p.b.guests) != 0 {
-		t.Error("the target still counts the endpoint among its guests")
-	}
-	must(t, p.session.Close())
-}
-
 func TestRights(t *testing.T) {
 	a, b := newInstance(t, peer("a", 1)), startChild(t, peer("b", 2))
 	here := newInstance(t, peer("c", 3))
@@ -377,7 +228,7 @@ func TestRights(t *testing.T) {
 			remote := connect(t, a, b.self, b)
 			own := protections(t)
 			for _, way := range []struct {
-				e *endpoint
+				e backend.Endpoint
 				r backend.Remote
 			}{{local, register(t, here, far)}, {remote, b.register(t, RegionArgs{ID: c.id, Size: 8192, Rights: c.rights})}} {
 				way.r.Rights = all // what the descriptor claims changes nothing
@@ -405,57 +256,6 @@ func TestRights(t *testing.T) {
 	}
 }
 
-func TestSessionRefuses(t *testing.T) {
-	a, b := newInstance(t, peer("a", 1)), newInstance(t, peer("b", 2))
-	c := startChild(t, peer("c", 3))
-	register(t, a, memory(t, 1, 4096, 0))
-	for _, far := range []struct {
-		name     string
-		endpoint *endpoint
-		good     backend.Remote
-		closed   backend.Remote
-	}{
-		{
-			"one process", connect(t, a, b.self, b),
-			register(t, b, memory(t, 5, 4096, all)),
-			register(t, b, memory(t, 6, 4096, 0)),
-		},
-		{
-			"two processes", connect(t, a, c.self, c),
-			c.register(t, RegionArgs{ID: 5, Size: 4096, Rights: all}),
-			c.register(t, RegionArgs{ID: 6, Size: 4096}),
-		},
-	} {
-		for _, r := range []struct {
-			name   string
-			change func(r *backend.Remote, local *backend.RegionID)
-			code   backend.Code
-		}{
-			{"old incarnation", func(r *backend.Remote, _ *backend.RegionID) { r.Peer.Incarnation = 1 }, backend.PeerGone},
-			{"other node", func(r *backend.Remote, _ *backend.RegionID) { r.Peer.Node = "x" }, backend.PeerGone},
-			{"memory of a GPU", func(r *backend.Remote, _ *backend.RegionID) { r.Kind = backend.GPUMemory }, backend.Unsupported},
-			{"no key", func(r *backend.Remote, _ *backend.RegionID) { r.Key = nil }, backend.Denied},
-			{"wrong key", func(r *backend.Remote, _ *backend.RegionID) { r.Key[3] ^= 1 }, backend.Denied},
-			{"no rights", func(r *backend.Remote, _ *backend.RegionID) {
-				r.Region, r.Key = far.closed.Region, make([]byte, 16)
-			}, backend.Denied},
-			{"unknown remote region", func(r *backend.Remote, _ *backend.RegionID) { r.Region = 77 }, backend.BadRequest},
-			{"unknown local region", func(_ *backend.Remote, local *backend.RegionID) { *local = 77 }, backend.BadRequest},
-			{"wrong key of a mapped region", func(r *backend.Remote, _ *backend.RegionID) { r.Key[0] ^= 1 }, backend.Denied},
-		} {
-			t.Run(far.name+"/"+r.name, func(t *testing.T) {
-				remote, local := far.good, backend.RegionID(1)
-				remote.Key = slices.Clone(remote.Key)
-				r.change(&remote, &local)
-				_, err := far.endpoint.Session(soon(t), local, remote, newSink())
-				wantCode(t, err, r.code)
-			})
-		}
-		_, err := far.endpoint.Session(soon(t), 1, far.good, newSink())
-		must(t, err)
-	}
-}
-
 // TestWithoutDescriptor shows the one thing that needs a file: another process.
 func TestWithoutDescriptor(t *testing.T) {
 	b := newInstance(t, peer("b", 2))
@@ -472,10 +272,10 @@ func TestWithoutDescriptor(t *testing.T) {
 	must(t, k.wait(t, 1).Err)
 
 	c := startChild(t, peer("c", 3))
-	c.register(t, RegionArgs{ID: 1, Size: 4096})
-	c.connectTo(t, b)
-	err = c.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{})
-	if err == nil || !strings.Contains(err.Error(), "without a file descriptor") {
+	elsewhere := c.register(t, RegionArgs{ID: 5, Size: 4096, Rights: all, NoFile: true})
+	_, err = connect(t, a, c.self, c).Session(soon(t), 1, elsewhere, k)
+	wantCode(t, err, backend.Unsupported)
+	if !strings.Contains(err.Error(), "without a file descriptor") {
 		t.Errorf("got %v, want a refusal that names the missing file descriptor", err)
 	}
 }

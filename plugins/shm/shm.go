@@ -2,8 +2,11 @@ package shm
 
 import (
 	"context"
+	"runtime"
+	"slices"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
 
 const (
@@ -21,7 +24,7 @@ var Factory = backend.Factory{
 	Info:    new(info(backend.Defaults(options))),
 	Options: options,
 	Open: func(_ context.Context, cfg backend.Config) (backend.Backend, error) {
-		i, err := open(cfg)
+		i, err := samehost.Open(cfg, samehost.Settings{Info: info(cfg.Options), Mover: newMover(cfg.Options)})
 		if err != nil {
 			return nil, err
 		}
@@ -29,24 +32,23 @@ var Factory = backend.Factory{
 	},
 }
 
-var options = []backend.Option{
-	{
-		Name: "socket_dir", Type: backend.StringOption,
-		Help: "Directory of the Unix sockets; it is created where it is missing, and must belong to the user and be " +
-			"closed to all others. Empty means umbp-UID in the directory for temporary files.",
-	},
+var options = slices.Concat(samehost.Options(), []backend.Option{
 	{
 		Name: "workers", Type: backend.IntOption, Default: "0", Min: "0", Max: "1024",
 		Help: "Goroutines that copy. 0 means one for each processor that the process may use.",
 	},
 	{
-		Name: "window", Type: backend.IntOption, Default: "1024", Min: "1", Max: "65536",
-		Help: "Transfers in flight that one endpoint accepts before it says Busy.",
-	},
-	{
 		Name: "inline_bytes", Type: backend.SizeOption, Default: "64KiB", Min: "0", Max: "1MiB",
 		Help: "Transfers up to this size are copied by the posting goroutine itself, within Post.",
 	},
+})
+
+func newMover(v backend.Values) *mover {
+	workers := v.Int("workers")
+	if workers == 0 {
+		workers = runtime.GOMAXPROCS(0)
+	}
+	return &mover{inline: v.Size("inline_bytes"), copier: startCopier(workers)}
 }
 
 // info is what the backend is with these options.

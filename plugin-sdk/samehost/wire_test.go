@@ -1,7 +1,8 @@
-package shm
+package samehost
 
 import (
 	"bytes"
+	"reflect"
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
@@ -18,9 +19,13 @@ func everyMessage() []message {
 		{kind: proof, proof: mac},
 		{kind: welcome},
 		{kind: borrow, region: 1 << 50, key: regionKey(nonce[:16])},
-		{kind: lent, region: 3, rights: all, size: 1 << 40, offset: 4096},
+		{kind: lent, region: 3, rights: all, size: 1 << 40, note: []byte{1, 2}},
 		{kind: refused, region: 3, code: backend.Denied, text: "no"},
 		{kind: leaving},
+		{kind: ask, note: []byte("question")},
+		{kind: told, note: []byte("answer")},
+		{kind: told, code: backend.Busy, text: "later"},
+		{kind: gone},
 	}
 }
 
@@ -29,7 +34,7 @@ func TestMessages(t *testing.T) {
 		b := m.append(nil)
 		got, err := parseMessage(b)
 		must(t, err)
-		if got != m {
+		if !reflect.DeepEqual(got, m) {
 			t.Errorf("kind %d: got %+v, want %+v", m.kind, got, m)
 		}
 		if _, err := parseMessage(append(b, 0)); err == nil {
@@ -39,9 +44,18 @@ func TestMessages(t *testing.T) {
 			t.Errorf("kind %d: a byte too few is accepted", m.kind)
 		}
 	}
-	long := message{kind: refused, text: string(make([]byte, 2*maxText))}
-	if n := len(long.append(nil)); n > maxMessage {
-		t.Errorf("a long refusal takes %d bytes", n)
+	for _, k := range []kind{lent, refused, ask, told} {
+		long := message{kind: k, text: string(make([]byte, 2*maxText)), note: make([]byte, MaxNote)}
+		if n := len(long.append(nil)); n > maxMessage {
+			t.Errorf("kind %d: a long one takes %d bytes", k, n)
+		}
+		if _, err := parseMessage(long.append(nil)); err != nil {
+			t.Errorf("kind %d: a long one is refused", k)
+		}
+		long.note = make([]byte, MaxNote+1)
+		if _, err := parseMessage(long.append(nil)); k != refused && err == nil {
+			t.Errorf("kind %d: a note beyond the limit is accepted", k)
+		}
 	}
 }
 

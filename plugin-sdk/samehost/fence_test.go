@@ -1,4 +1,4 @@
-package shm
+package samehost
 
 import (
 	"context"
@@ -163,27 +163,32 @@ func TestTargetKilled(t *testing.T) {
 	s, err := e.Session(soon(t), 1, remote, k)
 	must(t, err)
 
-	// Transfers that no worker has begun, and one half way, when the target dies.
-	a.byHand(t)
-	segments := []backend.Segment{{Length: 3 * mib / 2}, {Local: 8 * mib, Remote: 8 * mib, Length: 8 * mib}}
-	must(t, post(s, backend.Write, 1, segments...))
-	must(t, post(s, backend.Write, 2, segments...))
-	a.step(t)
-	a.step(t)
+	// When the target dies, one transfer has come to its end in the mover, one was held half way, one has not begun.
+	m := moverOf(a)
+	m.hold(t)
+	segments := []backend.Segment{{Length: mib}, {Local: 8 * mib, Remote: 8 * mib, Length: 8 * mib}}
+	for cookie := range uint64(3) {
+		must(t, post(s, backend.Write, cookie, segments...))
+	}
 	b.kill()
 	wantDone(t, e.Done())
-	a.step(t)
-	a.step(t)
-	for cookie, want := range map[uint64][]backend.Outcome{
-		1: {backend.Failed, backend.Failed}, // copied to nobody
-		2: {backend.NotSent, backend.NotSent},
+	for cookie, c := range []struct{ finish, want []backend.Outcome }{
+		{nil, []backend.Outcome{backend.Failed, backend.Failed}}, // copied to nobody
+		{[]backend.Outcome{backend.Done, backend.NotSent}, []backend.Outcome{backend.Failed, backend.NotSent}},
+		{[]backend.Outcome{backend.NotSent, backend.NotSent}, []backend.Outcome{backend.NotSent, backend.NotSent}},
 	} {
-		c := k.wait(t, cookie)
-		wantCode(t, c.Err, backend.PathDown)
-		if !slices.Equal(c.Outcomes, want) {
-			t.Errorf("transfer %d: outcomes %v, want %v", cookie, c.Outcomes, want)
+		held := m.next(t).transfer
+		if !held.Stopped() {
+			t.Errorf("transfer %d was not asked to stop", cookie)
+		}
+		held.Finish(c.finish, nil)
+		got := k.wait(t, uint64(cookie))
+		wantCode(t, got.Err, backend.PathDown)
+		if !slices.Equal(got.Outcomes, c.want) {
+			t.Errorf("transfer %d: outcomes %v, want %v", cookie, got.Outcomes, c.want)
 		}
 	}
+	m.release()
 	wantCode(t, post(s, backend.Write, 3, segments...), backend.PathDown)
 	_, err = e.Session(soon(t), 1, remote, k)
 	wantCode(t, err, backend.PathDown)
@@ -278,8 +283,9 @@ func TestDeregisterRemote(t *testing.T) {
 		}
 		must(t, b.call("Deregister", backend.RegionID(5), &Nothing{}))
 		wantDone(t, e.Done())
-		if got := protections(t); len(got) != 1 {
-			t.Errorf("mappings %v, want that of the local region alone", got)
+		must(t, e.Close())
+		if n := moverOf(a).open(); n != 1 {
+			t.Errorf("%d regions are left, want the local one alone", n)
 		}
 		e = connect(t, a, b.self, b)
 		_, err := e.Session(soon(t), 1, gone, newSink())
@@ -314,11 +320,9 @@ func TestRegisterRefuses(t *testing.T) {
 		code   backend.Code
 	}{
 		{"memory of a GPU", func(m *backend.Memory) { m.Kind = backend.GPUMemory }, backend.Unsupported},
+		{"host memory with a place on a GPU", func(m *backend.Memory) { m.GPU = new(backend.GPURange) }, backend.BadRequest},
 		{"region zero", func(m *backend.Memory) { m.Region = 0 }, backend.BadRequest},
-		{"no bytes", func(m *backend.Memory) { m.Bytes = nil }, backend.BadRequest},
 		{"unknown rights", func(m *backend.Memory) { m.Rights = 4 }, backend.BadRequest},
-		{"negative offset", func(m *backend.Memory) { m.FDOffset = -1 }, backend.BadRequest},
-		{"offset overflow", func(m *backend.Memory) { m.FDOffset = 1<<63 - 1 }, backend.BadRequest},
 		{"closed descriptor", func(m *backend.Memory) { m.FD = 1 << 20 }, backend.Internal},
 	} {
 		m := good

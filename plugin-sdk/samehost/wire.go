@@ -1,4 +1,4 @@
-package shm
+package samehost
 
 import (
 	"encoding/binary"
@@ -8,12 +8,12 @@ import (
 )
 
 // protocolVersion changes when two versions cannot understand each other.
-const protocolVersion = 1
+const protocolVersion = 2
 
 const (
-	maxMessage = 512     // bytes of one message on the socket
-	maxText    = 256     // bytes of the words of a refusal
-	maxString  = 1 << 12 // bytes of the name of a node
+	maxMessage = MaxNote + 512 // bytes of one message on the socket
+	maxText    = 256           // bytes of the words of a refusal
+	maxString  = 1 << 12       // bytes of the name of a node
 )
 
 var errParse = errors.New("malformed message")
@@ -72,16 +72,19 @@ func parseAnswer(b []byte) (a answer, err error) {
 type kind uint8
 
 // The messages, in the order in which a connection sees them. The end of the stream is the last: from the target
-// it says "let go of my memory", from the initiator "I have".
+// it says "let go of my memory", from the initiator "I have", as gone does.
 const (
 	hello     kind = 1 + iota // initiator: version, grant, nonce
 	challenge                 // target: nonce, proof
 	proof                     // initiator: proof
 	welcome                   // target
 	borrow                    // initiator: region, key
-	lent                      // target: region, rights, size, offset, and a file descriptor
+	lent                      // target: region, rights, size, note, and a file descriptor where there is one
 	refused                   // target: region (zero during the handshake), code, text
 	leaving                   // initiator: it has seen the end of the target's stream
+	ask                       // initiator: note, the question; one at a time
+	told                      // target: code (zero when all is well), text, note (the answer)
+	gone                      // initiator: it holds nothing any more; the last one
 )
 
 // message is one message on the socket, with the fields of all kinds.
@@ -94,9 +97,9 @@ type message struct {
 	key    regionKey
 	rights backend.Rights
 	size   uint64 // bytes
-	offset uint64 // of the region in the file, in bytes
 	code   backend.Code
 	text   string
+	note   []byte
 }
 
 func (m *message) append(b []byte) []byte {
@@ -118,11 +121,17 @@ func (m *message) append(b []byte) []byte {
 		b = binary.BigEndian.AppendUint64(b, uint64(m.region))
 		b = append(b, byte(m.rights))
 		b = binary.BigEndian.AppendUint64(b, m.size)
-		b = binary.BigEndian.AppendUint64(b, m.offset)
+		b = appendString(b, m.note)
 	case refused:
 		b = binary.BigEndian.AppendUint64(b, uint64(m.region))
 		b = append(b, byte(m.code))
 		b = appendString(b, m.text[:min(len(m.text), maxText)])
+	case ask:
+		b = appendString(b, m.note)
+	case told:
+		b = append(b, byte(m.code))
+		b = appendString(b, m.text[:min(len(m.text), maxText)])
+		b = appendString(b, m.note)
 	}
 	return b
 }
@@ -140,7 +149,7 @@ func parseMessage(b []byte) (m message, err error) {
 		p.fill(m.proof[:])
 	case proof:
 		p.fill(m.proof[:])
-	case welcome, leaving:
+	case welcome, leaving, gone:
 	case borrow:
 		m.region = backend.RegionID(p.uint64())
 		p.fill(m.key[:])
@@ -148,18 +157,24 @@ func parseMessage(b []byte) (m message, err error) {
 		m.region = backend.RegionID(p.uint64())
 		m.rights = backend.Rights(p.uint8())
 		m.size = p.uint64()
-		m.offset = p.uint64()
+		m.note = p.bytes(MaxNote)
 	case refused:
 		m.region = backend.RegionID(p.uint64())
 		m.code = backend.Code(p.uint8())
 		m.text = p.text(maxText)
+	case ask:
+		m.note = p.bytes(MaxNote)
+	case told:
+		m.code = backend.Code(p.uint8())
+		m.text = p.text(maxText)
+		m.note = p.bytes(MaxNote)
 	default:
 		p.bad = true
 	}
 	return m, p.end()
 }
 
-func appendString(b []byte, s string) []byte {
+func appendString[T string | []byte](b []byte, s T) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(len(s)))
 	return append(b, s...)
 }
@@ -194,14 +209,17 @@ func (p *parser) uint64() uint64 {
 	return binary.BigEndian.Uint64(b[:])
 }
 
-func (p *parser) text(limit int) string {
+func (p *parser) text(limit int) string { return string(p.bytes(limit)) }
+
+// bytes returns a copy.
+func (p *parser) bytes(limit int) []byte {
 	var b [2]byte
 	p.fill(b[:])
 	n := int(binary.BigEndian.Uint16(b[:]))
 	if n > limit {
 		p.bad = true
 	}
-	return string(p.take(n))
+	return append([]byte(nil), p.take(n)...)
 }
 
 func (p *parser) version() {

@@ -1,4 +1,4 @@
-package shm
+package samehost
 
 import (
 	"context"
@@ -9,16 +9,16 @@ import (
 )
 
 // Offer implements backend.Backend.
-func (i *instance) Offer(_ context.Context, peer backend.Peer) (backend.Handshake, error) {
+func (i *Instance) Offer(_ context.Context, peer backend.Peer) (backend.Handshake, error) {
 	if i.self.Host != "" && peer.Host != "" && i.self.Host != peer.Host {
 		return nil, &backend.Error{
-			Code: backend.Unsupported, Op: "offer", Backend: name, Peer: peer,
+			Code: backend.Unsupported, Op: "offer", Backend: i.name, Peer: peer,
 			Text: "the peer is on another host: " + peer.Host + ", this is " + i.self.Host,
 		}
 	}
 	if len(peer.Node) > maxString || len(i.self.Node) > maxString {
 		return nil, &backend.Error{
-			Code: backend.BadRequest, Op: "offer", Backend: name, Peer: peer, Text: "the name of the node is too long",
+			Code: backend.BadRequest, Op: "offer", Backend: i.name, Peer: peer, Text: "the name of the node is too long",
 		}
 	}
 	o := offer{from: i.self, to: peer}
@@ -26,13 +26,13 @@ func (i *instance) Offer(_ context.Context, peer backend.Peer) (backend.Handshak
 }
 
 // Answer implements backend.Backend.
-func (i *instance) Answer(_ context.Context, peer backend.Peer, bytes []byte) ([]byte, error) {
+func (i *Instance) Answer(_ context.Context, peer backend.Peer, bytes []byte) ([]byte, error) {
 	fail := func(code backend.Code, text string) ([]byte, error) {
-		return nil, &backend.Error{Code: code, Op: "answer", Backend: name, Peer: peer, Text: text}
+		return nil, &backend.Error{Code: code, Op: "answer", Backend: i.name, Peer: peer, Text: text}
 	}
 	o, err := parseOffer(bytes)
 	if err != nil {
-		return nil, errMalformed("answer", "offer", peer)
+		return nil, i.errMalformed("answer", "offer", peer)
 	}
 	if o.from.Node != peer.Node || o.from.Incarnation != peer.Incarnation {
 		return fail(backend.Denied, "the offer was made by "+o.from.String())
@@ -49,7 +49,7 @@ func (i *instance) Answer(_ context.Context, peer backend.Peer, bytes []byte) ([
 
 // handshake is an offer that was made. It holds nothing.
 type handshake struct {
-	instance *instance
+	instance *Instance
 	peer     backend.Peer
 	offer    []byte
 }
@@ -62,26 +62,29 @@ func (h *handshake) Abandon() {}
 
 // Establish implements backend.Handshake.
 func (h *handshake) Establish(ctx context.Context, bytes []byte) (backend.Endpoint, error) {
+	i := h.instance
 	if err := ctx.Err(); err != nil {
-		return nil, &backend.Error{Code: backend.Cancelled, Op: "establish", Backend: name, Peer: h.peer, Err: err}
+		return nil, &backend.Error{Code: backend.Cancelled, Op: "establish", Backend: i.name, Peer: h.peer, Err: err}
 	}
 	a, err := parseAnswer(bytes)
 	if err != nil {
-		return nil, errMalformed("establish", "answer", h.peer)
+		return nil, i.errMalformed("establish", "answer", h.peer)
 	}
-	e := newEndpoint(h.instance, h.peer)
+	e := newEndpoint(i, h.peer)
 	if target, ok := instances.Load(a.instance); ok {
-		e.reach, err = reachLocal(target.(*instance), &a, e)
+		e.reach, err = reachLocal(target.(*Instance), &a, e)
 	} else if !filepath.IsAbs(a.socket) {
-		err = errMalformed("establish", "answer", h.peer)
+		err = i.errMalformed("establish", "answer", h.peer)
 	} else {
 		e.reach, err = reachSocket(ctx, &a, e)
 	}
 	if err != nil {
+		e.cancel()
 		return nil, err
 	}
-	go e.keep()
-	if err := h.instance.adopt(e); err != nil {
+	err = i.adopt(e)
+	go e.keep() // which disowns it again, perhaps at once
+	if err != nil {
 		e.Close()
 		return nil, err
 	}
@@ -92,34 +95,43 @@ func (h *handshake) Establish(ctx context.Context, bytes []byte) (backend.Endpoi
 type reach interface {
 	// open returns a region of the target, against its key. Opening it again costs little.
 	open(ctx context.Context, id backend.RegionID, key regionKey) (area, error)
-	// leave gives up everything that open returned, and then lets the target know. It is called once, when no copy
-	// runs and none can start.
+	// ask has the target's mover answer a question.
+	ask(ctx context.Context, question []byte) ([]byte, error)
+	// leave gives up everything that open returned, and then lets the target know. It is called once, when nothing uses
+	// the reach and nothing will.
 	leave()
 }
 
 // area is a region of the target as the initiator sees it.
 type area struct {
-	bytes  []byte // mapped read-only where rights lack RemoteWrite
+	region Region
 	rights backend.Rights
 }
 
 // localReach is the way to a target in the same process.
 type localReach struct {
-	target *instance
-	guest  *guest
+	target *Instance
+	guest  *Guest
+	asking chan struct{} // full while a question is with the target
 }
 
-func reachLocal(target *instance, a *answer, e *endpoint) (*localReach, error) {
+func reachLocal(target *Instance, a *answer, e *endpoint) (*localReach, error) {
+	if target.name != e.instance.name {
+		return nil, &backend.Error{
+			Code: backend.Denied, Op: "establish", Backend: e.instance.name, Peer: e.peer,
+			Text: "the answer was given by backend " + target.name,
+		}
+	}
 	key, ok := target.granted(a.grant)
 	if !ok || subtle.ConstantTimeCompare(key[:], a.secret[:]) != 1 {
-		return nil, errNoGrant
+		return nil, e.instance.explain(target.errNoGrant(), "establish", e.peer, 0)
 	}
-	revoke := func() { e.fail(errRevoked(e.peer)) }
+	revoke := func() { e.fail(target.errRevoked(e.peer)) }
 	g, refusal := target.admit(a.grant, revoke, e.quiet)
 	if refusal != nil {
-		return nil, refusal
+		return nil, e.instance.explain(refusal, "establish", e.peer, 0)
 	}
-	return &localReach{target: target, guest: g}, nil
+	return &localReach{target: target, guest: g, asking: make(chan struct{}, 1)}, nil
 }
 
 func (l *localReach) open(_ context.Context, id backend.RegionID, key regionKey) (area, error) {
@@ -127,14 +139,21 @@ func (l *localReach) open(_ context.Context, id backend.RegionID, key regionKey)
 	if refusal != nil {
 		return area{}, refusal
 	}
-	return area{bytes: r.memory.Bytes, rights: r.memory.Rights}, nil
+	return area{region: r.region, rights: r.rights}, nil
+}
+
+func (l *localReach) ask(ctx context.Context, question []byte) ([]byte, error) {
+	select {
+	case l.asking <- struct{}{}:
+		defer func() { <-l.asking }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	b, refusal := l.target.answer(ctx, l.guest, question)
+	if refusal != nil {
+		return nil, refusal
+	}
+	return b, nil
 }
 
 func (l *localReach) leave() { l.target.forget(l.guest) }
-
-func errRevoked(peer backend.Peer) *backend.Error {
-	return &backend.Error{
-		Code: backend.PathDown, Backend: name, Peer: peer,
-		Text: "the peer has taken its memory back: connect again",
-	}
-}

@@ -1,14 +1,15 @@
-package shm
+package samehost
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math"
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 )
 
 // dial connects to an instance as a process does that knows the protocol and means no good.
-func dial(t testing.TB, i *instance) *net.UnixConn {
+func dial(t testing.TB, i *Instance) *net.UnixConn {
 	t.Helper()
 	c, err := net.DialUnix(network, nil, &net.UnixAddr{Name: i.socket, Net: network})
 	must(t, err)
@@ -28,7 +29,7 @@ func dial(t testing.TB, i *instance) *net.UnixConn {
 }
 
 // answered returns what an initiator named a was answered.
-func answered(t testing.TB, i *instance) *answer {
+func answered(t testing.TB, i *Instance) *answer {
 	t.Helper()
 	o := offer{from: peer("a", 1), to: i.self}
 	b, err := i.Answer(soon(t), o.from, o.encode())
@@ -116,16 +117,23 @@ func TestHostileBeforeProof(t *testing.T) {
 }
 
 // guestConn connects and proves itself.
-func guestConn(t testing.TB, i *instance) *net.UnixConn {
+func guestConn(t testing.TB, i *Instance) *net.UnixConn {
 	t.Helper()
 	c := dial(t, i)
-	_, err := introduce(c, answered(t, i))
+	_, err := introduce(c, answered(t, i), testName)
 	must(t, err)
 	return c
 }
 
+// noteOf is the note of a region at an offset of its file.
+func noteOf(offset uint64) []byte { return binary.BigEndian.AppendUint64(nil, offset) }
+
 func TestHostileGuest(t *testing.T) {
 	b := newInstance(t, peer("b", 2))
+	moverOf(b).serve = func(ctx context.Context, _ *Guest, _ []byte) ([]byte, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	good := register(t, b, memory(t, 5, 4096, backend.RemoteRead))
 	register(t, b, memory(t, 6, 4096, 0))
 	key := regionKey(good.Key)
@@ -154,13 +162,13 @@ func TestHostileGuest(t *testing.T) {
 		m, fd, err := receive(c, true)
 		must(t, err)
 		defer unix.Close(fd)
-		if m.kind != lent || m.size != 4096 || m.offset != 4096 || m.rights != backend.RemoteRead {
+		if m.kind != lent || m.size != 4096 || !bytes.Equal(m.note, noteOf(4096)) || m.rights != backend.RemoteRead {
 			t.Errorf("got %+v", m)
 		}
 		if _, err := unix.Pwrite(fd, []byte{1}, 4096); err == nil {
 			t.Error("the descriptor of a region without RemoteWrite can be written")
 		}
-		if _, _, err := mapFile(fd, m.offset, m.size, all); err == nil {
+		if _, _, err := MapFile(fd, 4096, m.size, all); err == nil {
 			t.Error("the descriptor of a region without RemoteWrite can be mapped for writing")
 		}
 	})
@@ -171,6 +179,10 @@ func TestHostileGuest(t *testing.T) {
 		{"garbage", func(t *testing.T, c *net.UnixConn) { c.Write([]byte{99, 1, 2}) }},
 		{"second hello", func(t *testing.T, c *net.UnixConn) { must(t, send(c, &message{kind: hello}, -1)) }},
 		{"too long", func(t *testing.T, c *net.UnixConn) { c.Write(make([]byte, 100*maxMessage)) }},
+		{"two questions at once", func(t *testing.T, c *net.UnixConn) {
+			must(t, send(c, &message{kind: ask, note: []byte("wait")}, -1))
+			must(t, send(c, &message{kind: ask}, -1))
+		}},
 		{"a target's message", func(t *testing.T, c *net.UnixConn) { must(t, send(c, &message{kind: lent, region: 5}, 0)) }},
 	} {
 		t.Run(h.name, func(t *testing.T) {
@@ -225,7 +237,7 @@ func fakeTarget(t testing.TB, script func(c *net.UnixConn)) *answer {
 			return
 		}
 		reply := message{kind: challenge}
-		reply.proof = a.secret.prove(targetProof, &m.nonce, &reply.nonce)
+		reply.proof = a.secret.prove(testName, targetProof, &m.nonce, &reply.nonce)
 		send(c, &reply, -1)
 		receive(c, false)
 		send(c, &message{kind: welcome}, -1)
@@ -257,7 +269,7 @@ func TestHostileTarget(t *testing.T) {
 	must(t, err)
 	must(t, ordinary.Truncate(1<<20))
 	defer ordinary.Close()
-	ok := message{kind: lent, region: 5, rights: all, size: 8192, offset: 4096}
+	ok := message{kind: lent, region: 5, rights: all, size: 8192, note: noteOf(4096)}
 	with := func(change func(m *message)) message {
 		m := ok
 		change(&m)
@@ -277,10 +289,13 @@ func TestHostileTarget(t *testing.T) {
 		{"too small", with(func(m *message) { m.size++ }), sealed, backend.Unsupported, "12289 of a file of 12288"},
 		{"size zero", with(func(m *message) { m.size = 0 }), sealed, backend.Unsupported, "cannot be"},
 		{"size overflow", with(func(m *message) { m.size = math.MaxUint64 }), sealed, backend.Unsupported, "cannot be"},
-		{"offset overflow", with(func(m *message) { m.offset = math.MaxUint64 - 4096 }), sealed, backend.Unsupported, "cannot be"},
-		{"sum overflow", with(func(m *message) { m.offset = math.MaxInt64 - 4096 }), sealed, backend.Unsupported, "cannot be"},
+		{"offset overflow", with(func(m *message) { m.note = noteOf(math.MaxUint64 - 4096) }), sealed, backend.Unsupported, "cannot be"},
+		{"sum overflow", with(func(m *message) { m.note = noteOf(math.MaxInt64 - 4096) }), sealed, backend.Unsupported, "cannot be"},
 		{"made-up code", message{kind: refused, region: 5, code: 200, text: "x"}, -1, backend.Internal, "x"},
-		{"no descriptor", ok, -1, backend.PathDown, "malformed"},
+		{"no descriptor", ok, -1, backend.Unsupported, "F_SEAL_SHRINK"},
+		{"no note", with(func(m *message) { m.note = nil }), sealed, backend.Unsupported, "a note of 0 bytes"},
+		{"an answer to no question", message{kind: told}, -1, backend.PathDown, "malformed"},
+		{"descriptor with an answer", message{kind: told}, sealed, backend.PathDown, "malformed"},
 		{"descriptor with a refusal", message{kind: refused, region: 5}, sealed, backend.PathDown, "malformed"},
 		{"other region", with(func(m *message) { m.region = 6 }), sealed, backend.PathDown, "malformed"},
 		{"other message", message{kind: hello}, -1, backend.PathDown, "malformed"},
@@ -294,9 +309,7 @@ func TestHostileTarget(t *testing.T) {
 			remote := backend.Remote{Peer: peer("evil", 6), Region: 5, Kind: backend.HostMemory, Key: make([]byte, 16)}
 			_, err = e.Session(soon(t), 1, remote, newSink())
 			wantCode(t, err, h.code)
-			if !strings.Contains(err.Error(), h.text) {
-				t.Errorf("error %q does not say %q", err, h.text)
-			}
+			wantText(t, err, h.text)
 		})
 		now, err := held()
 		must(t, err)

@@ -1,4 +1,4 @@
-package shm
+package samehost
 
 import (
 	"crypto/hmac"
@@ -27,7 +27,7 @@ type grant struct {
 }
 
 // grant draws a new grant for peer.
-func (i *instance) grant(peer backend.Peer) (uint64, secret, error) {
+func (i *Instance) grant(peer backend.Peer) (uint64, secret, error) {
 	now := time.Now()
 	g := &grant{peer: peer, expires: now.Add(grantLife)}
 	rand.Read(g.secret[:])
@@ -35,7 +35,7 @@ func (i *instance) grant(peer backend.Peer) (uint64, secret, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.closed {
-		return 0, secret{}, errClosed("answer")
+		return 0, secret{}, i.errClosed("answer")
 	}
 	if len(i.grants) >= maxGrants {
 		for id, old := range i.grants {
@@ -46,7 +46,7 @@ func (i *instance) grant(peer backend.Peer) (uint64, secret, error) {
 	}
 	if len(i.grants) >= maxGrants {
 		return 0, secret{}, &backend.Error{
-			Code: backend.Busy, Op: "answer", Backend: name, Peer: peer, RetryAfter: grantLife,
+			Code: backend.Busy, Op: "answer", Backend: i.name, Peer: peer, RetryAfter: grantLife,
 			Text: "too many connections were answered and not established",
 		}
 	}
@@ -56,7 +56,7 @@ func (i *instance) grant(peer backend.Peer) (uint64, secret, error) {
 }
 
 // granted returns the secret of a grant that is still good.
-func (i *instance) granted(id uint64) (secret, bool) {
+func (i *Instance) granted(id uint64) (secret, bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	g := i.grants[id]
@@ -67,38 +67,43 @@ func (i *instance) granted(id uint64) (secret, bool) {
 }
 
 // admit uses up a grant, whose secret the caller has checked, and makes its peer a guest.
-func (i *instance) admit(id uint64, revoke func(), quiet <-chan struct{}) (*guest, *backend.Error) {
+func (i *Instance) admit(id uint64, revoke func(), quiet <-chan struct{}) (*Guest, *backend.Error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.closed {
-		return nil, errClosed("establish")
+		return nil, i.errClosed("establish")
 	}
 	granted := i.grants[id]
 	if granted == nil {
-		return nil, errNoGrant
+		return nil, i.errNoGrant()
 	}
 	delete(i.grants, id)
-	g := &guest{peer: granted.peer, revoke: revoke, quiet: quiet, holds: make(map[backend.RegionID]struct{})}
+	g := &Guest{
+		instance: i, peer: granted.peer, revoke: revoke, quiet: quiet,
+		holds: make(map[backend.RegionID]struct{}),
+	}
 	i.guests[g] = struct{}{}
 	return g, nil
 }
 
 // errNoGrant does not say whether the grant or its secret is wrong.
-var errNoGrant = &backend.Error{
-	Code: backend.Denied, Op: "establish", Backend: name,
-	Text: "the secret is wrong, used up or too old: offer and answer anew",
+func (i *Instance) errNoGrant() *backend.Error {
+	return &backend.Error{
+		Code: backend.Denied, Op: "establish", Backend: i.name,
+		Text: "the secret is wrong, used up or too old: offer and answer anew",
+	}
 }
 
 // The two ends prove themselves in different words, so that neither can return the other's proof.
 const (
-	targetProof    = "umbp shm target"
-	initiatorProof = "umbp shm initiator"
+	targetProof    = "target"
+	initiatorProof = "initiator"
 )
 
-// prove returns the proof that its author knows the secret, good for this pair of nonces only.
-func (s *secret) prove(role string, initiator, target *[32]byte) (mac [32]byte) {
+// prove returns the proof that its author knows the secret, good for this backend and this pair of nonces only.
+func (s *secret) prove(backend, role string, initiator, target *[32]byte) (mac [32]byte) {
 	h := hmac.New(sha256.New, s[:])
-	h.Write([]byte(role))
+	h.Write([]byte("umbp " + backend + " " + role))
 	h.Write(initiator[:])
 	h.Write(target[:])
 	h.Sum(mac[:0])

@@ -1,4 +1,4 @@
-package shm
+package samehost
 
 import (
 	"errors"
@@ -91,11 +91,12 @@ func sweep(dir string) {
 	}
 }
 
-// checkUser refuses a connection to another user's process.
-func checkUser(c *net.UnixConn) error {
+// checkUser refuses a connection to another user's process. It returns the number of the process, which is zero where
+// that has none in this process's namespace.
+func checkUser(c *net.UnixConn) (pid int, err error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var cred *unix.Ucred
 	var credErr error
@@ -103,12 +104,12 @@ func checkUser(c *net.UnixConn) error {
 		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	})
 	if err := errors.Join(err, credErr); err != nil {
-		return err
+		return 0, err
 	}
 	if int(cred.Uid) != os.Geteuid() {
-		return fmt.Errorf("the process at the other end belongs to user %d, this one to user %d", cred.Uid, os.Geteuid())
+		return 0, fmt.Errorf("the process at the other end belongs to user %d, this one to user %d", cred.Uid, os.Geteuid())
 	}
-	return nil
+	return int(cred.Pid), nil
 }
 
 // ioPatience bounds each step of a handshake and each write: the other end is on the same host.
