@@ -23,16 +23,17 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// TestDefectsAreCaught breaks the reference backend, in one way at a time, and wants the case that tries the
-// broken rule to fail, for the right reason.
-func TestDefectsAreCaught(t *testing.T) {
-	catches := map[string]bool{}
-	for _, d := range []struct {
-		name   string
-		caught string // by this case
-		saying string // in the words of this failure
-		lab    *lab
-	}{
+// defect is one way to break a backend.
+type defect struct {
+	name   string
+	caught string // by this case
+	saying string // in the words of this failure
+	lab    *lab
+}
+
+// defects returns backends with a defect each.
+func defects() []defect {
+	return []defect{
 		{"completes twice", "complete/once", "a second completion", &lab{
 			complete: func(s *session, c backend.Completion) {
 				s.sink.Complete(c)
@@ -505,19 +506,64 @@ func TestDefectsAreCaught(t *testing.T) {
 		{"dies unasked", "info", "has died: it has had enough", &lab{
 			process: &process{pid: os.Getpid(), died: errors.New("it has had enough")},
 		}},
-	} {
+
+		{"lists a link twice", "info", "lists host memory to GPU 0000:01:00.0 twice", &lab{
+			far:  1,
+			info: func(i *backend.Info) { i.Capabilities.Links = append(i.Capabilities.Links, i.Capabilities.Links[0]) },
+		}},
+		{"lists a link to what it does not take", "info", "Local or Remote lacks the kind of memory", &lab{
+			info: func(i *backend.Info) { i.Capabilities.Links = []backend.Link{{Far: pci(1)}} },
+		}},
+		{"lists a link that costs less than nothing", "info", "zero is the least", &lab{
+			info: func(i *backend.Info) { i.Capabilities.Links = []backend.Link{{Cost: -1}} },
+		}},
+		{"goes where it has no link", "links", "Session from host memory to host memory, which Capabilities.Links does not list: succeeded", &lab{
+			far: 1,
+			remote: func(_ *lab, _ backend.Peer, remote backend.Remote) backend.Remote {
+				if remote.Place == "" {
+					remote.Place = pci(1)
+				}
+				return remote
+			},
+		}},
+		{"believes in every GPU", "links", "to GPU ffff:ff:1f.7, which Capabilities.Links does not list: succeeded", &lab{
+			near: 1, far: 2,
+			remote: func(_ *lab, _ backend.Peer, remote backend.Remote) backend.Remote {
+				if remote.Place != "" {
+					remote.Place = pci(1)
+				}
+				return remote
+			},
+		}},
+		{"does not list where it goes", "links", "Session from host memory to host memory succeeds", &lab{
+			info: func(i *backend.Info) { i.Capabilities.Links = []backend.Link{{Near: pci(1), Far: pci(1)}} },
+		}},
+		{"takes a region to begin where its allocation does", "bytes/edges", "byte -65536 of the target's region", &lab{
+			near: 1, far: 1,
+			register: func(_ *lab, m backend.Memory) (backend.Memory, error) {
+				m.GPU.Offset = 0
+				return m, nil
+			},
+		}},
+		{"gets no further without a handle", "region/no-descriptor", `its code is "bad request"`, &lab{
+			near: 1, far: 1,
+			register: func(_ *lab, m backend.Memory) (backend.Memory, error) {
+				if m.GPU.Handle == nil {
+					return m, backend.ErrBadRequest
+				}
+				return m, nil
+			},
+		}},
+	}
+}
+
+// TestDefectsAreCaught breaks the reference backend, in one way at a time, and wants the case that tries the
+// broken rule to fail, for the right reason.
+func TestDefectsAreCaught(t *testing.T) {
+	catches := map[string]bool{}
+	for _, d := range defects() {
 		catches[d.caught] = true
-		t.Run(d.name, func(t *testing.T) {
-			var r conformance.Result
-			shows := func() bool { return r.Verdict == conformance.Fail && strings.Contains(r.Detail, d.saying) }
-			// Some defects are races: whether one shows depends on who runs when.
-			for try := 0; try < 3 && !shows(); try++ {
-				r = d.lab.try(t, d.caught)
-			}
-			if !shows() {
-				t.Errorf("%s does not fail with %q but ends with %s: %s", d.caught, d.saying, r.Verdict, r.Detail)
-			}
-		})
+		t.Run(d.name, d.isCaught)
 	}
 	for _, c := range conformance.Cases() {
 		if !catches[c.Name] {
@@ -526,18 +572,68 @@ func TestDefectsAreCaught(t *testing.T) {
 	}
 }
 
+// TestDefectsAreCaughtInDeviceMemory has the suite find wrong bytes where it cannot look at them but has to ask for them.
+func TestDefectsAreCaughtInDeviceMemory(t *testing.T) {
+	names := []string{
+		"keeps the caller's segments", "says done and moves nothing", "writes one byte too many", "drops the last segment",
+		"moves before it checks", "completes what it cancels at once", "calls what it cancelled done",
+		"does not wait to fence", "does not wait to deregister", "moves half of some", "calls what it has moved not sent",
+	}
+	for _, d := range defects() {
+		if i := slices.Index(names, d.name); i >= 0 {
+			names = slices.Delete(names, i, i+1)
+			d.lab.near, d.lab.far = 1, 2
+			t.Run(d.name, d.isCaught)
+		}
+	}
+	if len(names) > 0 {
+		t.Errorf("there are no defects %q", names)
+	}
+}
+
+// isCaught wants the defect to be caught.
+func (d *defect) isCaught(t *testing.T) {
+	var r conformance.Result
+	shows := func() bool { return r.Verdict == conformance.Fail && strings.Contains(r.Detail, d.saying) }
+	// Some defects are races: whether one shows depends on who runs when.
+	for try := 0; try < 3 && !shows(); try++ {
+		r = d.lab.try(t, d.caught)
+	}
+	if !shows() {
+		t.Errorf("%s does not fail with %q but ends with %s: %s", d.caught, d.saying, r.Verdict, r.Detail)
+	}
+}
+
 // TestLabItself finds nothing where nothing is broken: what catches the defects is not the lab. It skips what the
-// reference backend does not claim, and nothing else.
+// backend does not claim, and nothing else.
 func TestLabItself(t *testing.T) {
-	skips := []string{"reach", "counters", "bytes/post-wait", "death/target", "death/initiator"}
-	for _, c := range conformance.Cases() {
-		want := conformance.Pass
-		if slices.Contains(skips, c.Name) {
-			want = conformance.Skip
-		}
-		if r := new(lab).try(t, c.Name); r.Verdict != want {
-			t.Errorf("%s ends with %s, want %s: %s", c.Name, r.Verdict, want, r.Detail)
-		}
+	always := []string{"reach", "counters", "bytes/post-wait", "death/target", "death/initiator"}
+	for name, l := range map[string]*lab{
+		"host": {}, "gpu to gpu": {near: 1, far: 2}, "host to gpu": {far: 1}, "gpu to host": {near: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, c := range conformance.Cases() {
+				want := conformance.Pass
+				if slices.Contains(always, c.Name) || name == "host" && c.Name == "links" {
+					want = conformance.Skip
+				}
+				if r := l.try(t, c.Name); r.Verdict != want {
+					t.Errorf("%s ends with %s, want %s: %s", c.Name, r.Verdict, want, r.Detail)
+				}
+			}
+		})
+	}
+}
+
+// TestWhatNobodyTried: a backend that claims more than the harness lends is told what was not tried.
+func TestWhatNobodyTried(t *testing.T) {
+	l := &lab{info: func(i *backend.Info) { i.Capabilities.Local = backend.Kinds(backend.HostMemory, backend.GPUMemory) }}
+	if r := l.try(t, "region/kinds"); r.Verdict != conformance.Skip || !strings.Contains(r.Detail, "no case has tried it") {
+		t.Errorf("region/kinds ends with %s: %s", r.Verdict, r.Detail)
+	}
+	l = &lab{far: 1, info: func(i *backend.Info) { i.Capabilities.Links = i.Capabilities.Links[:1] }}
+	if r := l.try(t, "bytes/two-ways"); r.Verdict != conformance.Skip || !strings.Contains(r.Detail, "GPU 0000:01:00.0 to host memory, is not claimed") {
+		t.Errorf("bytes/two-ways ends with %s: %s", r.Verdict, r.Detail)
 	}
 }
 
@@ -561,6 +657,7 @@ type lab struct {
 	cancel     func(*session, uint64)
 	close      func(*session) error // closes the session
 	open       func(*lab)
+	near, far  int // the GPU whose memory the initiator and the target are lent; zero: the host's
 	window     int
 	twice      bool     // what Register refuses is registered all the same
 	impatient  bool     // the case is to wait in vain
@@ -576,6 +673,7 @@ type lab struct {
 	endpoints []backend.Endpoint
 	files     []*os.File
 	idle      []*exec.Cmd
+	gpus      *fakeGPUs
 	lent      [][]byte
 }
 
@@ -592,6 +690,9 @@ func (l *lab) keepFile() {
 	defer l.mu.Unlock()
 	l.files = append(l.files, f)
 }
+
+// hasGPUs tells whether the backend takes memory of GPUs, too.
+func (l *lab) hasGPUs() bool { return l.near != 0 || l.far != 0 }
 
 // keep deregisters nothing.
 func keep(*end, context.Context, backend.RegionID) error { return nil }
@@ -625,13 +726,14 @@ type where struct {
 
 type region struct {
 	bytes, key []byte
+	place      string
 }
 
 // try runs one case.
 func (l *lab) try(t *testing.T, name string) conformance.Result {
 	t.Helper()
 	l.regions, l.latest, l.ended = map[where]region{}, map[string]backend.Peer{}, make(chan struct{})
-	l.endpoints, l.idle, l.files, l.lent = nil, nil, nil, nil
+	l.endpoints, l.idle, l.files, l.lent, l.gpus = nil, nil, nil, nil, new(fakeGPUs)
 	defer func() {
 		close(l.ended)
 		l.tasks.Wait()
@@ -645,15 +747,22 @@ func (l *lab) try(t *testing.T, name string) conformance.Result {
 		for _, m := range l.lent { // only now: the defects touch memory when they should not
 			unix.Munmap(m)
 		}
+		l.gpus.unmap()
 	}()
-	harness := conformance.Harness{
-		Factory:  reference.NewNetwork().Factory(),
-		Patience: 5 * time.Second,
-		NewMemory: func(size int) (conformance.Memory, error) {
+	memory := func(device int) func(size int) (conformance.Memory, error) {
+		if device != 0 {
+			return conformance.GPUMemory(l.gpus, device)
+		}
+		return func(size int) (conformance.Memory, error) {
 			mapping, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 			l.lent = append(l.lent, mapping)
 			return conformance.Memory{Bytes: mapping, FD: -1, Free: func() error { return nil }}, err
-		},
+		}
+	}
+	harness := conformance.Harness{
+		Factory:   reference.NewNetwork().Factory(),
+		Patience:  5 * time.Second,
+		NewMemory: memory(l.near), NewFarMemory: memory(l.far),
 	}
 	if l.impatient {
 		harness.Patience = 500 * time.Millisecond
@@ -703,6 +812,10 @@ func (e *end) Info() backend.Info {
 	if e.lab.window != 0 {
 		i.Capabilities.Window = e.lab.window
 	}
+	if e.lab.hasGPUs() {
+		kinds := backend.Kinds(backend.HostMemory, backend.GPUMemory)
+		i.Capabilities.Local, i.Capabilities.Remote, i.Capabilities.Links = kinds, kinds, e.lab.gpus.links()
+	}
 	if e.lab.info != nil {
 		e.lab.info(&i)
 	}
@@ -745,6 +858,10 @@ func (e *end) Register(ctx context.Context, m backend.Memory) ([]byte, error) {
 			return nil, err
 		}
 	}
+	place := m.Place()
+	if e.lab.hasGPUs() && m.GPU != nil {
+		m.Kind, m.Bytes, m.GPU = backend.HostMemory, e.lab.gpus.open(m.GPU), nil
+	}
 	key, err := e.Backend.Register(ctx, m)
 	if err != nil {
 		if e.lab.twice {
@@ -754,7 +871,7 @@ func (e *end) Register(ctx context.Context, m backend.Memory) ([]byte, error) {
 	}
 	e.lab.mu.Lock()
 	defer e.lab.mu.Unlock()
-	e.lab.regions[where{e.self.Node, e.self.Incarnation, m.Region}] = region{m.Bytes, key}
+	e.lab.regions[where{e.self.Node, e.self.Incarnation, m.Region}] = region{m.Bytes, key, place}
 	return key, nil
 }
 
@@ -843,6 +960,16 @@ func (e endpoint) Session(ctx context.Context, local backend.RegionID, remote ba
 	}
 	if l.remote != nil {
 		remote = l.remote(l, e.peer, remote)
+	}
+	if l.hasGPUs() {
+		here := l.at(e.end.self, local)
+		linked := func(k backend.Link) bool { return k.Near == here.place && k.Far == remote.Place }
+		if here.bytes != nil && !slices.ContainsFunc(l.gpus.links(), linked) {
+			return nil, backend.ErrUnsupported
+		}
+		if remote.Kind == backend.GPUMemory {
+			remote.Kind = backend.HostMemory
+		}
 	}
 	var err error
 	if s.Session, err = e.Endpoint.Session(ctx, local, remote, s); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,6 +37,20 @@ func info(r *rig) {
 	}
 	if c.Limits.Segments < 0 {
 		r.Errorf("Limits.Segments is negative")
+	}
+	listed := map[[2]string]bool{}
+	for _, link := range c.Links {
+		way := wayOf(link.Near, link.Far)
+		if listed[[2]string{link.Near, link.Far}] {
+			r.Errorf("Capabilities.Links lists %s twice", way)
+		}
+		listed[[2]string{link.Near, link.Far}] = true
+		if !c.Local.Has(kindAt(link.Near)) || !c.Remote.Has(kindAt(link.Far)) {
+			r.Errorf("Capabilities.Links lists %s, and Local or Remote lacks the kind of memory", way)
+		}
+		if link.Cost < 0 {
+			r.Errorf("the cost of %s is %d: zero is the least", way, link.Cost)
+		}
 	}
 	if f := r.h.Factory; f.Info != nil && len(r.h.Options) == 0 && r.h.Process == nil && !reflect.DeepEqual(i, *f.Info) {
 		r.Errorf("Info is %+v, and Factory.Info says %+v", i, *f.Info)
@@ -275,31 +290,86 @@ func regionIDs(r *rig) {
 
 func registerKinds(r *rig) {
 	l := r.link(small)
-	other := r.initiator.lend(small, 0)
-	for _, kind := range []backend.MemoryKind{0, backend.GPUMemory, 7} {
-		if !r.caps().Local.Has(kind) && !r.caps().Remote.Has(kind) {
-			memory := other.asMemory()
-			memory.Kind = kind
-			_, err := r.initiator.backend.Register(r.ctx, memory)
+	caps := r.caps()
+	for _, kind := range []backend.MemoryKind{0, backend.HostMemory, backend.GPUMemory, 7} {
+		if !caps.Local.Has(kind) && !caps.Remote.Has(kind) {
+			_, err := r.initiator.backend.Register(r.ctx, r.memoryOf(kind))
 			r.identity("Register of "+kind.String()+" memory", err, backend.Unsupported)
 		}
-		if !r.caps().Remote.Has(kind) {
+		if !caps.Remote.Has(kind) {
 			remote := l.far.remote
-			remote.Kind = kind
+			remote.Kind, remote.Place = kind, ""
+			if kind == backend.GPUMemory {
+				remote.Place = nowhere
+			}
 			_, err := r.trySession(r.endpoint, l.near, l.far, remote)
 			r.identity("Session with remote "+kind.String()+" memory", err, backend.Unsupported)
 		}
 	}
-	if r.caps().Local.Has(backend.GPUMemory) || r.caps().Remote.Has(backend.GPUMemory) {
-		r.Skipf("GPU memory is claimed, and the suite has none to lend: no case has tried it")
+	claimed := caps.Local.Has(backend.GPUMemory) || caps.Remote.Has(backend.GPUMemory)
+	if claimed && l.near.remote.Kind != backend.GPUMemory && l.far.remote.Kind != backend.GPUMemory {
+		r.Skipf("GPU memory is claimed, and this harness lends none: no case has tried it")
 	}
 }
 
-// noDescriptor lends memory that has no file descriptor.
+// memoryOf returns memory of a kind, which need not exist, as the initiator would register it.
+func (r *rig) memoryOf(kind backend.MemoryKind) backend.Memory {
+	m := r.initiator.lendOf(SealedMemory, small, 0).asMemory()
+	m.Kind = kind
+	if kind == backend.GPUMemory {
+		m.Bytes, m.FD, m.FDOffset = nil, -1, 0
+		m.GPU = &backend.GPURange{
+			Runtime: "hip", Device: nowhere, Address: 1 << 40, Size: small,
+			Allocation: 2 * small, Offset: margin, Handle: bytes.Repeat([]byte{0xa5}, 64),
+		}
+	}
+	return m
+}
+
+// links tries pairs of places that the backend does not list.
+func links(r *rig) {
+	caps := r.caps()
+	if caps.Links == nil {
+		r.Skipf("the backend moves bytes between all places: it lists no links")
+	}
+	l := r.link(small)
+	if !r.claims(l.near, l.far) {
+		r.Errorf("Session from %s succeeds, and Capabilities.Links does not list it", wayOf(l.near.remote.Place, l.far.remote.Place))
+	}
+	refused := func(near, far *area, remote backend.Remote) {
+		if _, listed := caps.Link(near.remote.Place, remote.Place); !listed {
+			_, err := r.trySession(r.endpoint, near, far, remote)
+			way := wayOf(near.remote.Place, remote.Place)
+			r.identity("Session from "+way+", which Capabilities.Links does not list", err, backend.Unsupported)
+		}
+	}
+	places := []string{"", nowhere}
+	for _, link := range caps.Links {
+		places = append(places, link.Near, link.Far)
+	}
+	slices.Sort(places)
+	for _, place := range slices.Compact(places) {
+		// What the descriptor says is enough to refuse it, also where its region lies somewhere else.
+		remote := l.far.remote
+		remote.Kind, remote.Place = kindAt(place), place
+		refused(l.near, l.far, remote)
+	}
+	if caps.Local.Has(backend.HostMemory) && caps.Remote.Has(backend.HostMemory) {
+		near, far := r.initiator.lendOf(SealedMemory, small, 0), r.target.lendOf(SealedMemory, small, allRights)
+		near.register()
+		far.register()
+		refused(near, far, far.remote)
+	}
+	for _, op := range r.ops() {
+		l.move(op, []backend.Segment{{Length: small}}, "after the refusals")
+	}
+}
+
+// noDescriptor lends memory that has no file descriptor, or no handle, which is what a GPU's memory has in its place.
 func noDescriptor(r *rig) {
 	near, far := r.initiator.lend(small, 0), r.target.lend(small, allRights)
 	for _, a := range []*area{near, far} {
-		a.fd = -1
+		a.bare = true
 		if err := a.tryRegister(); err != nil {
 			r.identity("Register of memory without a descriptor", err, backend.Unsupported)
 			return
@@ -400,7 +470,7 @@ func (l *link) untouched(what string, remote backend.Remote) {
 func (l *link) stress(op backend.Op, n int) []*posted {
 	var all []*posted
 	for range n {
-		p, err := l.try(op, cut64(len(l.near.bytes)))
+		p, err := l.try(op, cut64(l.near.size))
 		if err != nil {
 			l.r.identity("Post of a legal "+op.String(), err, backend.Busy)
 			break

@@ -1,7 +1,6 @@
 package conformance
 
 import (
-	"bytes"
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
@@ -108,7 +107,7 @@ func closeBackend(r *rig) {
 	far := r.target.area(large, allRights)
 	closing(r, "Backend.Close",
 		func() *link {
-			node = r.open("closer")
+			node = r.open("closer", r.h.NewMemory)
 			endpoint = r.connect(node, r.target)
 			return r.session(endpoint, node.area(large, 0), far)
 		},
@@ -122,7 +121,7 @@ func closeBackend(r *rig) {
 func closeCalls(r *rig) {
 	l := r.link(small)
 	spare := r.initiator.lend(small, allRights)
-	other := r.open("other")
+	other := r.open("other", r.h.NewMemory)
 	fine := r.session(r.connect(other, r.target), other.area(small, 0), l.far)
 	r.initiator.close()
 
@@ -159,7 +158,7 @@ func closeOutcomes(r *rig) {
 			l := r.session(endpoint, near, far)
 			l.interrupt(op, time.Duration(round)*100*time.Microsecond, func(*posted) { r.closeEndpoint(endpoint) }, r.fence)
 		}
-		target := r.open("closing-target")
+		target := r.open("closing-target", r.h.NewFarMemory)
 		l := r.session(r.connect(r.initiator, target), near, target.area(large, allRights))
 		l.interrupt(op, 0, func(*posted) { target.close() }, func() {})
 	}
@@ -170,7 +169,7 @@ func closeOtherEndpoint(r *rig) {
 		short := r.connect(r.initiator, r.target)
 		ends := r.session(short, r.initiator.area(large, 0), r.target.area(large, allRights))
 		l := r.link(large)
-		near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
+		near, far := l.near.contents(), l.far.contents()
 		ends.stress(op, 4)
 		all := l.stress(op, 4)
 		r.closeEndpoint(short)
@@ -188,7 +187,7 @@ func closeOtherEndpoint(r *rig) {
 func closeTarget(r *rig) {
 	near := r.initiator.area(large, 0)
 	for _, op := range r.ops() {
-		target := r.open("closing-target")
+		target := r.open("closing-target", r.h.NewFarMemory)
 		endpoint := r.connect(r.initiator, target)
 		l := r.session(endpoint, near, target.area(large, allRights))
 		all := l.stress(op, 6)
@@ -249,7 +248,7 @@ func fenceStranger(r *rig) {
 
 func incarnationDescriptor(r *rig) {
 	l := r.link(small)
-	near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
+	near, far := l.near.contents(), l.far.contents()
 	for what, change := range map[string]func(*backend.Remote){
 		"an older incarnation": func(d *backend.Remote) { d.Peer.Incarnation-- },
 		"a newer incarnation":  func(d *backend.Remote) { d.Peer.Incarnation += 1 << 32 },
@@ -266,8 +265,8 @@ func incarnationDescriptor(r *rig) {
 // restart closes the target and opens it again under its name, with a new incarnation and the same region ids.
 func (r *rig) restart(old *area) *area {
 	r.target.close()
-	r.target = r.open(r.target.peer.Node)
-	a := r.target.lend(len(old.bytes), old.remote.Rights)
+	r.target = r.open(r.target.peer.Node, r.h.NewFarMemory)
+	a := r.target.lend(old.size, old.remote.Rights)
 	a.remote.Region = old.remote.Region
 	a.register()
 	return a

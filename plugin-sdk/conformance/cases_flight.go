@@ -242,7 +242,7 @@ func hammer(l *link, shift, part uint64, rounds int, rng *rand.Rand) string {
 			continue
 		}
 		for _, s := range segments {
-			if !bytes.Equal(l.near.bytes[s.Local:][:s.Length], l.far.bytes[s.Remote:][:s.Length]) {
+			if !bytes.Equal(l.near.at(s.Local, s.Length), l.far.at(s.Remote, s.Length)) {
 				return fmt.Sprintf("a %s beside others brought wrong bytes", op)
 			}
 		}
@@ -256,11 +256,11 @@ func concurrentCalls(r *rig) {
 	faults := make(chan string, workers)
 	var wg sync.WaitGroup
 	for w := range workers {
-		from, to := r.initiator, r.target
-		if w%2 == 1 && !r.h.NearEndOnly {
-			from, to = to, from
+		near, far := r.initiator.lend(small, 0), r.target.lend(small, allRights)
+		if w%2 == 1 && !r.h.NearEndOnly && r.claims(far, near) {
+			near, far = far, near
+			near.remote.Rights, far.remote.Rights = far.remote.Rights, near.remote.Rights
 		}
-		near, far := from.lend(small, 0), to.lend(small, allRights)
 		wg.Go(func() {
 			for round := range rounds {
 				if fault := r.cycle(near, far, uint64(w*rounds+round)); fault != "" {
@@ -405,7 +405,7 @@ func cancelQuiet(r *rig) {
 func (l *link) interrupt(op backend.Op, after time.Duration, end func(*posted), fence func()) {
 	r := l.r
 	near, far := l.near.refill(), l.far.refill()
-	p := l.post(op, cut64(len(l.near.bytes)))
+	p := l.post(op, cut64(l.near.size))
 	time.Sleep(after)
 	end(p)
 	l.wait(p)
@@ -425,7 +425,7 @@ func (l *link) interrupt(op backend.Op, after time.Duration, end func(*posted), 
 // and in segments whose outcome is certain it is the one that the outcome says.
 func mixed(r *rig, p *posted, source, before []byte, far *area) {
 	for i, s := range p.Segments {
-		was, sent, is := before[margin+s.Remote:][:s.Length], source[margin+s.Local:][:s.Length], far.bytes[s.Remote:][:s.Length]
+		was, sent, is := before[margin+s.Remote:][:s.Length], source[margin+s.Local:][:s.Length], far.at(s.Remote, s.Length)
 		switch p.outcome(i) {
 		case backend.Done:
 			if !bytes.Equal(is, sent) {

@@ -49,7 +49,7 @@ func deathOfTarget(r *rig) {
 	}
 	l := r.link(small)
 	for _, op := range r.ops() {
-		target := r.open("doomed target")
+		target := r.open("doomed target", r.h.NewFarMemory)
 		r.doomed(op, r.initiator, target, target, func() {})
 		l.move(op, []backend.Segment{{Length: small}}, "after another peer's process was killed")
 	}
@@ -61,7 +61,7 @@ func deathOfInitiator(r *rig) {
 	}
 	l := r.link(small)
 	for _, op := range r.ops() {
-		initiator := r.open("doomed initiator")
+		initiator := r.open("doomed initiator", r.h.NewMemory)
 		r.doomed(op, initiator, r.target, initiator, func() { r.target.fence(initiator) })
 		l.move(op, []backend.Segment{{Length: small}}, "after another peer's process was killed")
 	}
@@ -176,7 +176,7 @@ func resourcesOfConnections(r *rig) {
 // resourcesOfBackends opens, uses and closes the backend some times more, and counts before and after. The case's own
 // rig is the first time, so that what the process sets up once is there already.
 func resourcesOfBackends(r *rig) {
-	const rounds = 3
+	const rounds = 8 // with fewer, the threads that a runtime starts and ends on a whim look like one for each
 	use := func() {
 		extra := newRig(r.trial, r.h)
 		defer func() {

@@ -6,8 +6,8 @@
 //		conformance.Run(t, conformance.Harness{Factory: tcp.Factory})
 //	}
 //
-// Each case opens two backends, an initiator and a target, lends them memory, and tries one rule; Rules says what the
-// rules are. What the backend claims in its Capabilities has to work, and what it does not claim has to be refused. No
+// Each case opens two backends, an initiator and a target, lends them memory, of the host or of a GPU, and tries one
+// rule; Rules says what the rules are. What the backend claims in its Capabilities has to work, and what it does not claim has to be refused. No
 // case asserts a time: Harness.Patience only bounds how long a case waits for something that must happen.
 //
 // Case.Try runs a case without package testing. The command "umbp conformance" does so with plugins, which may be
@@ -37,8 +37,10 @@ type Harness struct {
 	Log backend.Logger
 	// Host is the Peer.Host of both ends; "conformance" when it is empty.
 	Host string
-	// NewMemory lends memory to an end; SealedMemory when it is nil.
-	NewMemory func(size int) (Memory, error)
+	// NewMemory lends memory to the initiator; SealedMemory when it is nil. NewFarMemory lends it to the target; NewMemory
+	// when it is nil. A harness tries one pair of places: a backend that moves bytes between GPUs, or between a GPU and
+	// the host, needs one for each pair. See GPUMemory.
+	NewMemory, NewFarMemory func(size int) (Memory, error)
 	// Patience is how long a case waits for something that must happen; 20 s when it is zero. A call to the backend
 	// is given up after twice that time.
 	Patience time.Duration
@@ -65,6 +67,9 @@ func (h Harness) withDefaults() Harness {
 	}
 	if h.NewMemory == nil {
 		h.NewMemory = SealedMemory
+	}
+	if h.NewFarMemory == nil {
+		h.NewFarMemory = h.NewMemory
 	}
 	if h.Patience == 0 {
 		h.Patience = 20 * time.Second
@@ -169,6 +174,7 @@ func Cases() []Case {
 		{Name: "handshake/expired", Rule: "contexts-end", run: handshakeExpired},
 		{Name: "contexts", Rule: "contexts-end", run: contexts},
 		{Name: "reach", Rule: "claims-complete", run: reach},
+		{Name: "links", Rule: "claims-complete", run: links},
 
 		{Name: "region/twice", Rule: "region-ids", run: registerTwice},
 		{Name: "region/ids", Rule: "region-ids", run: regionIDs},

@@ -1,7 +1,6 @@
 package conformance
 
 import (
-	"bytes"
 	"errors"
 	"slices"
 	"sync"
@@ -136,6 +135,9 @@ func (p *posted) outcome(i int) backend.Outcome {
 // session binds an endpoint to two areas; it must succeed.
 func (r *rig) session(endpoint backend.Endpoint, near, far *area) *link {
 	l, err := r.trySession(endpoint, near, far, far.remote)
+	if err != nil && !r.claims(near, far) {
+		r.Fatalf("the harness lends memory to move from %s, which the backend does not claim: %v", wayOf(near.remote.Place, far.remote.Place), err)
+	}
 	if err != nil {
 		r.Fatalf("Session: %v", err)
 	}
@@ -220,7 +222,7 @@ func (l *link) wait(p *posted) {
 
 // move posts a transfer, waits for it, and wants it done, with both memories as they should then be.
 func (l *link) move(op backend.Op, segments []backend.Segment, what string) {
-	near, far := bytes.Clone(l.near.memory), bytes.Clone(l.far.memory)
+	near, far := l.near.contents(), l.far.contents()
 	p := l.post(op, segments)
 	l.wait(p)
 	if p.err != nil {
@@ -241,9 +243,9 @@ func (l *link) verify(p *posted, near, far []byte, what string) {
 		switch {
 		case p.outcome(i) == backend.NotSent:
 		case p.outcome(i) != backend.Done && p.Op == backend.Write:
-			copy(f, l.far.bytes[s.Remote:]) // may be anything
+			copy(f, l.far.at(s.Remote, s.Length)) // may be anything
 		case p.outcome(i) != backend.Done:
-			copy(n, l.near.bytes[s.Local:])
+			copy(n, l.near.at(s.Local, s.Length))
 		case p.Op == backend.Write:
 			copy(f, n)
 		default:

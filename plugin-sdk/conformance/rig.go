@@ -20,7 +20,7 @@ const (
 )
 
 // margin is memory before and after each region. It belongs to nobody, and must never change. It also gives each
-// region an offset in its file, since forgetting that offset is a favourite mistake.
+// region an offset in its file, or in its allocation, since forgetting that offset is a favourite mistake.
 const margin = 64 << 10
 
 // settle is how long a case leaves a backend the chance to do what it must not do.
@@ -47,21 +47,23 @@ type rig struct {
 
 // node is one end.
 type node struct {
-	r       *rig
-	peer    backend.Peer
-	backend backend.Backend
-	process Process // nil when it is linked in
-	closed  bool
-	killed  bool // on purpose
+	r         *rig
+	peer      backend.Peer
+	newMemory func(size int) (Memory, error)
+	backend   backend.Backend
+	process   Process // nil when it is linked in
+	closed    bool
+	killed    bool // on purpose
 }
 
 // area is a region of a node.
 type area struct {
 	node   *node
-	memory []byte // with the margins
-	bytes  []byte // the region
-	fd     int
+	lent   Memory // with the margins
+	size   int    // of the region
 	remote backend.Remote
+	// bare says that the region is registered without what lets another process reach it: a descriptor, or a handle.
+	bare bool
 }
 
 func newRig(t *trial, h Harness) *rig {
@@ -69,12 +71,15 @@ func newRig(t *trial, h Harness) *rig {
 }
 
 func (r *rig) setUp() {
-	r.initiator, r.target = r.open("initiator"), r.open("target")
+	r.initiator, r.target = r.open("initiator", r.h.NewMemory), r.open("target", r.h.NewFarMemory)
 	r.endpoint = r.connect(r.initiator, r.target)
 }
 
-func (r *rig) open(name string) *node {
-	n := &node{r: r, peer: backend.Peer{Node: name, Incarnation: lastIncarnation.Add(1), Host: r.h.Host}}
+// open opens the backend once more, as an end that is lent the memory given.
+func (r *rig) open(name string, newMemory func(size int) (Memory, error)) *node {
+	n := &node{
+		r: r, peer: backend.Peer{Node: name, Incarnation: lastIncarnation.Add(1), Host: r.h.Host}, newMemory: newMemory,
+	}
 	defer r.calling("Factory.Open")()
 	b, err := r.h.open(r.ctx, n.peer)
 	if err != nil {
@@ -148,6 +153,35 @@ func (r *rig) timeout() (context.Context, context.CancelFunc) {
 
 func (r *rig) caps() backend.Capabilities { return r.initiator.backend.Info().Capabilities }
 
+// claims tells whether the backend claims to move bytes between two areas.
+func (r *rig) claims(near, far *area) bool {
+	c := r.caps()
+	_, linked := c.Link(near.remote.Place, far.remote.Place)
+	return linked && c.Local.Has(near.remote.Kind) && c.Remote.Has(far.remote.Kind)
+}
+
+// nowhere is the place of a GPU that no machine has.
+const nowhere = "ffff:ff:1f.7"
+
+// kindAt returns the kind of memory at a place.
+func kindAt(place string) backend.MemoryKind {
+	if place == "" {
+		return backend.HostMemory
+	}
+	return backend.GPUMemory
+}
+
+// wayOf names a pair of places.
+func wayOf(near, far string) string {
+	words := func(place string) string {
+		if place == "" {
+			return "host memory"
+		}
+		return "GPU " + place
+	}
+	return words(near) + " to " + words(far)
+}
+
 // ops returns the operations that the backend claims.
 func (r *rig) ops() []backend.Op {
 	return slices.DeleteFunc([]backend.Op{backend.Write, backend.Read}, func(op backend.Op) bool {
@@ -189,26 +223,36 @@ func (n *node) area(size int, rights backend.Rights) *area {
 
 // lend gives the node memory, full of random bytes, and an id of its own. It is yet to be registered.
 func (n *node) lend(size int, rights backend.Rights) *area {
+	return n.lendOf(n.newMemory, size, rights)
+}
+
+// lendOf lends memory other than the node's usual.
+func (n *node) lendOf(newMemory func(size int) (Memory, error), size int, rights backend.Rights) *area {
 	r := n.r
-	lent, err := r.h.NewMemory(size + 2*margin)
+	lent, err := newMemory(size + 2*margin)
 	if err != nil {
 		r.Fatalf("NewMemory: %v", err)
 	}
 	r.lent = append(r.lent, lent)
-	r.fill(lent.Bytes)
 	r.lastRegion++
-	return &area{
-		node: n, memory: lent.Bytes, bytes: lent.Bytes[margin : margin+size : margin+size], fd: lent.FD,
+	region := lent.region(margin, size)
+	a := &area{
+		node: n, lent: lent, size: size,
 		remote: backend.Remote{
-			Peer: n.peer, Region: r.lastRegion, Kind: backend.HostMemory, Rights: rights, Size: uint64(size),
+			Peer: n.peer, Region: r.lastRegion, Kind: region.Kind, Rights: rights, Size: region.Size(), Place: region.Place(),
 		},
 	}
+	a.refill()
+	return a
 }
 
 // register registers the memory; it must succeed.
 func (a *area) register() {
 	if err := a.tryRegister(); err != nil {
-		a.node.r.Fatalf("Register region %d of %d bytes: %v", a.remote.Region, len(a.bytes), err)
+		if c := a.node.r.caps(); !c.Local.Has(a.remote.Kind) && !c.Remote.Has(a.remote.Kind) {
+			a.node.r.Fatalf("the harness lends %s memory, which the backend does not claim: %v", a.remote.Kind, err)
+		}
+		a.node.r.Fatalf("Register region %d of %d bytes: %v", a.remote.Region, a.size, err)
 	}
 }
 
@@ -219,19 +263,57 @@ func (a *area) tryRegister() error {
 }
 
 func (a *area) asMemory() backend.Memory {
-	m := backend.Memory{
-		Region: a.remote.Region, Kind: backend.HostMemory, Rights: a.remote.Rights, Bytes: a.bytes, FD: a.fd,
-	}
-	if a.fd >= 0 {
-		m.FDOffset = margin
+	m := a.lent.region(margin, a.size)
+	m.Region, m.Rights = a.remote.Region, a.remote.Rights
+	if a.bare {
+		m.FD, m.FDOffset = -1, 0
+		if m.GPU != nil {
+			m.GPU.Handle = nil
+		}
 	}
 	return m
 }
 
+// whole is the size of the memory with the margins.
+func (a *area) whole() int { return a.size + 2*margin }
+
+// look returns n bytes of the memory from an offset, which counts the first margin in. Where the processor can address
+// them it is the memory itself, with whatever becomes of it while the caller looks; elsewhere it is a copy.
+func (a *area) look(offset, n int) []byte {
+	if a.lent.GPU == nil {
+		return a.lent.Bytes[offset : offset+n : offset+n]
+	}
+	p := make([]byte, n)
+	if err := a.lent.Load(p, uint64(offset)); err != nil {
+		a.node.r.Fatalf("Memory.Load of %d bytes of the %s: %v", n, a.node.peer.Node, err)
+	}
+	return p
+}
+
+// at looks at a part of the region.
+func (a *area) at(offset, length uint64) []byte { return a.look(margin+int(offset), int(length)) }
+
+// contents returns a copy of the memory, margins included.
+func (a *area) contents() []byte {
+	if a.lent.GPU == nil {
+		return bytes.Clone(a.lent.Bytes)
+	}
+	return a.look(0, a.whole())
+}
+
 // refill gives the memory new random bytes, and returns a copy of them.
 func (a *area) refill() []byte {
-	a.node.r.fill(a.memory)
-	return bytes.Clone(a.memory)
+	r := a.node.r
+	if a.lent.GPU == nil {
+		r.fill(a.lent.Bytes)
+		return bytes.Clone(a.lent.Bytes)
+	}
+	p := make([]byte, a.whole())
+	r.fill(p)
+	if err := a.lent.Store(0, p); err != nil {
+		r.Fatalf("Memory.Store of %d bytes of the %s: %v", len(p), a.node.peer.Node, err)
+	}
+	return p
 }
 
 // fill writes new random bytes, the same ones again after a length that is prime: no slip of a power of two goes
@@ -247,14 +329,18 @@ func (r *rig) fill(p []byte) {
 // unchanged compares the memory, margins included, with what it should be.
 func (a *area) unchanged(want []byte, why string) {
 	r := a.node.r
-	if r.h.NearEndOnly || bytes.Equal(a.memory, want) {
+	if r.h.NearEndOnly {
+		return
+	}
+	got := a.look(0, len(want))
+	if bytes.Equal(got, want) {
 		return
 	}
 	i := 0
-	for a.memory[i] == want[i] {
+	for i < len(want)-1 && got[i] == want[i] { // what changes behind our back may be right again
 		i++
 	}
-	r.Errorf("%s: byte %d of the %s's region (size %d) is wrong", why, i-margin, a.node.peer.Node, len(a.bytes))
+	r.Errorf("%s: byte %d of the %s's region (size %d) is wrong", why, i-margin, a.node.peer.Node, a.size)
 }
 
 // deregister ends the use of the region.

@@ -10,7 +10,7 @@ type Rule struct {
 func Rules() []Rule {
 	return []Rule{
 		{"info-fixed", "Info names the backend, claims at least one operation, one kind of memory and a window, and does not change."},
-		{"claims-complete", "What is not claimed is refused with Unsupported: operations, kinds of memory, peers out of reach."},
+		{"claims-complete", "What is not claimed is refused with Unsupported: operations, kinds of memory, pairs of places, peers out of reach."},
 		{"limits-hold", "What the limits allow works; what exceeds them is refused by Post with BadRequest."},
 		{"errors-identity", "Every error is, or wraps, an Error with a known code, also after the end of what it is about."},
 		{"contexts-end", "A call whose context has ended returns soon: with its work done, or with Cancelled."},
@@ -18,7 +18,7 @@ func Rules() []Rule {
 		{"any-goroutine", "Every method may be called from any goroutine at any time."},
 
 		{"region-ids", "A region has an id of its own, any number but zero; a second registration is refused with BadRequest."},
-		{"descriptor-optional", "Memory without a file descriptor works, or Register refuses it with Unsupported; under NeedsFD, Session may."},
+		{"descriptor-optional", "Memory without a file descriptor, or a GPU's without a handle, works, or Register refuses it with Unsupported; under NeedsFD, Session may."},
 		{"deregister-final", "After Deregister no transfer and no peer can reach the memory."},
 		{"deregister-waits", "Deregister returns when the transfers that used the region have completed, and nothing touches it any more."},
 		{"deregister-again", "Deregistering an unknown region is not an error, so that clean-up can be repeated."},
