@@ -34,6 +34,15 @@ func normalPCI(s string) (string, error) {
 	return fmt.Sprintf("%04x:%02x:%02x.%x", n[0], n[1], n[2], n[3]), nil
 }
 
+// IsCalled tells whether a name that a person gave is the device's: its number, or its PCI address in any usual form.
+func (d Device) IsCalled(name string) bool {
+	if name == strconv.Itoa(d.Number) {
+		return true
+	}
+	pci, err := normalPCI(name)
+	return err == nil && pci == d.PCI
+}
+
 // untilZero returns C's string in a buffer.
 func untilZero(b []byte) string {
 	if i := bytes.IndexByte(b, 0); i >= 0 {
