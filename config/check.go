@@ -5,6 +5,7 @@ import (
 	"math/bits"
 	"net"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -142,7 +143,16 @@ func (c *checker) pool() {
 	if c.sound("pool.low_watermark", "pool.high_watermark") && p.LowWatermark >= p.HighWatermark {
 		c.fault("pool.low_watermark", "%v is not below %s", p.LowWatermark, c.value("pool.high_watermark"))
 	}
+	if c.sound("pool.device") && !deviceName.MatchString(p.Device) {
+		c.fault("pool.device", "%q is no GPU: write its PCI address, such as 0000:c1:00.0, or its number", p.Device)
+	}
+	if c.sound("pool.memory", "pool.huge_pages") && p.Memory == "gpu" && p.HugePages == "require" {
+		c.fault("pool.huge_pages", "require contradicts %s: huge pages are the host's", c.value("pool.memory"))
+	}
 }
+
+// deviceName matches what can name a GPU: nothing, a number or a PCI address.
+var deviceName = regexp.MustCompile(`^([0-9]{0,3}|[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7])$`)
 
 // validName tells whether a name can be a backend's.
 func validName(name string) bool {
@@ -245,6 +255,9 @@ func (c *Config) Warnings() []string {
 	if beyondHost(c.Directory.Address) && c.Node.Advertise == "" && !beyondHost(c.Node.Listen) {
 		warn("node.listen: nodes on other hosts, which share the directory at %s, cannot reach %s",
 			c.Directory.Address, c.Node.Listen)
+	}
+	if c.Pool.Memory == "host" && c.Pool.Device != "" {
+		warn("pool.device: says nothing to a pool in the host's memory; set pool.memory: gpu")
 	}
 	rules := c.Selection.Rules
 	if n := len(rules); n == 0 || rules[n-1].Match != (Match{}) {

@@ -30,6 +30,11 @@ func TestContradictions(t *testing.T) {
 		{"pool: {size: 1KiB}", `pool.size: 1KiB is no multiple of pool.page_size = 64KiB (default); 64KiB is`},
 		{"pool: {low_watermark: 0.95}", `pool.low_watermark: 0.95 is not below pool.high_watermark = 0.95 (default)`},
 		{"pool: {low_watermark: 0.97, high_watermark: 5}", `pool.high_watermark: 5 is more than the most allowed, 1`},
+		{"pool: {memory: gpu, device: first}", `pool.device: "first" is no GPU: write its PCI address, such as 0000:c1:00.0, or its number`},
+		{"pool: {memory: gpu, device: 'c1:00.0'}", `pool.device: "c1:00.0" is no GPU: write its PCI address, such as 0000:c1:00.0, or its number`},
+		{"pool: {memory: vram}", `pool.memory: "vram" is not one of host, gpu`},
+		{"pool: {memory: gpu, huge_pages: require}", `pool.huge_pages: require contradicts pool.memory = gpu (F): huge pages are the host's`},
+		{"gpu: {runtime: rocm}", `gpu.runtime: "rocm" is not one of auto, hip, cuda`},
 		{"tls: {cert: a, key: b}", `tls.ca: must be set beside tls.key = b (F): TLS needs tls.cert, tls.key and tls.ca`},
 		{"tls: {cert: a, key: [b]}", `tls.key: expected text, not a list`},
 		{"tls: {cert: a, key: b, ca: c, insecure: true}", `tls.insecure: contradicts tls.cert = a (F): choose one`},
@@ -150,12 +155,14 @@ func TestWarnings(t *testing.T) {
 	c := load(t, `
 tls: {insecure: true}
 directory: {address: "10.0.0.1:7420"}
+pool: {device: 0000:c1:00.0}
 selection: {rules: [{match: {op: read}, allow: [tcp]}]}
 backends: [{name: tcp, faults: "complete:drop"}, {name: shm}, {name: rdma, enabled: false, faults: "complete:drop"}]
 `)
 	want := []string{
 		"tls.insecure: whoever reaches a port of this process reads and writes the pool",
 		"node.listen: nodes on other hosts, which share the directory at 10.0.0.1:7420, cannot reach 127.0.0.1:7420",
+		"pool.device: says nothing to a pool in the host's memory; set pool.memory: gpu",
 		"selection.rules: a transfer that no rule matches is refused; a last rule without match would take them all",
 		"backends[tcp].faults: faults are injected on purpose",
 		"backends[shm]: no rule names it, so it carries nothing",

@@ -50,6 +50,7 @@ type Config struct {
 	Node      Node      `koanf:"node" help:"This process and its addresses."`
 	Directory Directory `koanf:"directory" help:"The directory knows which node holds which key."`
 	Pool      Pool      `koanf:"pool" help:"The memory that this node lends."`
+	GPU       GPU       `koanf:"gpu" help:"The GPU memory that this process allocates itself, such as a pool's; backends have options of their own."`
 	Client    Client    `koanf:"client" help:"How this process puts and gets values."`
 	Selection Selection `koanf:"selection" help:"Which backend carries what."`
 	Plugins   Plugins   `koanf:"plugins" help:"Backends as processes of their own."`
@@ -87,11 +88,19 @@ type Placement struct {
 type Pool struct {
 	Size          backend.Size  `koanf:"size" default:"1GiB" min:"1KiB" max:"64TiB" help:"Memory to lend, a whole number of pages."`
 	PageSize      backend.Size  `koanf:"page_size" default:"64KiB" min:"1KiB" max:"1GiB" help:"Size of a page, a power of two: the unit in which memory is handed out."`
+	Memory        string        `koanf:"memory" default:"host" choices:"host,gpu" help:"Whether the pool lies in the host's memory or in that of a GPU, where only a backend for GPU memory reaches it."`
+	Device        string        `koanf:"device" default:"" help:"With memory: gpu, the GPU: its PCI address, such as 0000:c1:00.0, or its number in this process; empty for the first."`
 	HugePages     string        `koanf:"huge_pages" default:"auto" choices:"auto,off,require" help:"Whether the pool lies on huge pages: where the system has them, never, or else refuse to start."`
 	HighWatermark float64       `koanf:"high_watermark" default:"0.95" min:"0.01" max:"1" reload:"live" help:"Evict when more than this share of the pool is in use."`
 	LowWatermark  float64       `koanf:"low_watermark" default:"0.9" min:"0.01" max:"1" reload:"live" help:"Evict until no more than this share of the pool is in use."`
 	SlotTTL       time.Duration `koanf:"slot_ttl" default:"30s" min:"10ms" max:"1h" reload:"live" help:"How long memory stays reserved for a put that is neither committed nor aborted."`
 	ReadLease     time.Duration `koanf:"read_lease" default:"10s" min:"10ms" max:"1h" reload:"live" help:"How long a value that is being read is kept from eviction."`
+}
+
+// GPU says which runtime allocates GPU memory.
+type GPU struct {
+	Runtime string `koanf:"runtime" default:"auto" choices:"auto,hip,cuda" help:"Runtime to allocate with: AMD's HIP, NVIDIA's CUDA, or the first that is found with a device."`
+	Library string `koanf:"library" default:"" help:"Path of the runtime's library; empty looks for the known ones."`
 }
 
 // Client says how this process puts and gets.

@@ -22,6 +22,8 @@ func other(t *testing.T, k *key) string {
 		return "0.96"
 	case "pool.low_watermark":
 		return "0.91"
+	case "pool.device":
+		return "1"
 	}
 	v, err := k.parse(k.def)
 	if err != nil {

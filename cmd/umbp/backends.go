@@ -32,14 +32,17 @@ type backendRow struct {
 	Restarts int        `json:"restarts,omitempty"`
 	Since    *time.Time `json:"since,omitempty"`
 
-	Version   string      `json:"version,omitempty"`
-	Ops       []string    `json:"ops,omitempty"`
-	Local     []string    `json:"local,omitempty"`  // kinds of memory
-	Remote    []string    `json:"remote,omitempty"` // kinds of memory
-	Reach     string      `json:"reach,omitempty"`
-	Window    int         `json:"window,omitempty"` // transfers in flight to one peer
-	Simulated bool        `json:"simulated"`
-	Options   []optionRow `json:"options,omitempty"`
+	Version   string    `json:"version,omitempty"`
+	Ops       []string  `json:"ops,omitempty"`
+	Local     []string  `json:"local,omitempty"`  // kinds of memory
+	Remote    []string  `json:"remote,omitempty"` // kinds of memory
+	Reach     string    `json:"reach,omitempty"`
+	Window    int       `json:"window,omitempty"` // transfers in flight to one peer
+	Simulated bool      `json:"simulated"`
+	Links     []linkRow `json:"links,omitempty"` // the pairs of places that it reaches, if not all
+	// What it finds on this host.
+	Findings []backend.Finding `json:"findings,omitempty"`
+	Options  []optionRow       `json:"options,omitempty"`
 }
 
 // optionRow is an option with the value that the configuration gives it.
@@ -65,8 +68,8 @@ func (a *app) backendsCommand() *cobra.Command {
 		Use:   "backends [NAME]",
 		Short: "Show the backends, what they can do, and the options of one of them; restart one, disable or enable it",
 		Long: `backends opens each configured backend as a client would, and shows what it can do here, or why it
-is not available. With a name, it shows that backend with its options, which are set in the configuration
-file, in the list "backends".
+is not available. With a name, it shows that backend with what it finds on this host and reaches, and with its
+options, which are set in the configuration file, in the list "backends".
 
 With --node, it asks a running node for the state of its backends instead.`,
 		Args: maxArgs(1),
@@ -97,6 +100,7 @@ With --node, it asks a running node for the state of its backends instead.`,
 			}
 			if !cmd.Flags().Changed("node") {
 				list[i].Options = optionRows(c, args[0])
+				list[i].Findings = examine(cmd, c, configured(c, args[0]))
 			}
 			return a.showBackend(cmd, list[i])
 		},
@@ -113,6 +117,24 @@ The backend stays disabled until "umbp backends enable", or until the node ends.
 		a.enablingCommand("enable", `enable lets a node use a backend again that "umbp backends disable" has disabled.`, true),
 	)
 	return cmd
+}
+
+// configured returns a backend as the configuration has it, or as it is by default.
+func configured(c *config.Config, name string) config.Backend {
+	if i := slices.IndexFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }); i >= 0 {
+		return c.Backends[i]
+	}
+	return config.Backend{Name: name}
+}
+
+// examine asks a backend what it finds on this host.
+func examine(cmd *cobra.Command, c *config.Config, b config.Backend) []backend.Finding {
+	defer reassure(cmd, "examining "+b.Name)()
+	spec, err := backendSpec(linked(b.Name), c.Mode(&b), c.Plugins, b)
+	if err != nil {
+		return []backend.Finding{{Subject: "plugin", State: backend.Problem, Text: err.Error()}}
+	}
+	return host.Examine(cmd.Context(), spec)
 }
 
 // openBackends opens the backends as a client would.
@@ -153,6 +175,7 @@ func (r *backendRow) describe(info backend.Info) {
 	caps := info.Capabilities
 	r.Available, r.Version, r.Simulated = true, info.Version, caps.Simulated
 	r.Reach, r.Window = caps.Reach.String(), caps.Window
+	r.Links = linkRows(caps.Links)
 	for _, op := range []backend.Op{backend.Write, backend.Read} {
 		if caps.Ops&op != 0 {
 			r.Ops = append(r.Ops, op.String())
@@ -180,12 +203,7 @@ func schemaRows(options []backend.Option) []schemaRow {
 
 func optionRows(c *config.Config, name string) []optionRow {
 	var rows []optionRow
-	given := map[string]string{}
-	for _, b := range c.Backends {
-		if b.Name == name {
-			given = b.Options
-		}
-	}
+	given := configured(c, name).Options
 	schema, _ := c.Schema(name)
 	for _, o := range schemaRows(schema) {
 		row := optionRow{schemaRow: o, Value: o.Default}
@@ -279,6 +297,22 @@ func (a *app) showBackend(cmd *cobra.Command, r backendRow) error {
 			fmt.Fprintf(out, "the process before it: %s\n", r.Reason)
 		}
 	}
+	if len(r.Findings) > 0 {
+		fmt.Fprintln(out)
+		var rows []findingRow
+		for _, f := range r.Findings {
+			rows = append(rows, findingRow{r.Name, f})
+		}
+		if err := printFindings(out, rows); err != nil {
+			return err
+		}
+	}
+	if len(r.Links) > 0 {
+		fmt.Fprintln(out)
+		if err := printLinks(out, r.Links); err != nil {
+			return err
+		}
+	}
 	if r.Options == nil {
 		return nil
 	}
@@ -364,11 +398,7 @@ func schemaOf(c *config.Config, name string) ([]backend.Option, error) {
 	if options, known := c.Schema(name); known {
 		return options, nil
 	}
-	b := config.Backend{Name: name}
-	if i := slices.IndexFunc(c.Backends, func(b config.Backend) bool { return b.Name == name }); i >= 0 {
-		b = c.Backends[i]
-	}
-	options, err := describePlugin(c.Plugins, b)
+	options, err := describePlugin(c.Plugins, configured(c, name))
 	if err != nil {
 		return nil, &usageError{fmt.Errorf("no backend %q is linked in%s, and %w", name, backend.DidYouMean(name, factoryNames()), err)}
 	}

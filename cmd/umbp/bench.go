@@ -37,6 +37,8 @@ type benchRow struct {
 	Batch        int    `json:"batch"`
 	PerItemPages int    `json:"per_item_pages"`
 	PageBytes    uint64 `json:"page_bytes"`
+	Memory       string `json:"memory"`      // where the caller's values lie
+	PoolMemory   string `json:"pool_memory"` // where the pools lie
 	Iters        int    `json:"iters"`
 
 	// What one call took, from the outside: the median, the least and the most.
@@ -63,12 +65,14 @@ type benchRow struct {
 	Posts        uint64 `json:"posts"`
 	Completions  uint64 `json:"completions"`
 	CgoCalls     uint64 `json:"cgo_calls"` // of all ends, where they share a library
+	// What else it counts, without zeros.
+	Counts map[string]uint64 `json:"counts,omitempty"`
 
 	AllocsPerPage float64 `json:"allocs_per_page"`
 	Verified      uint64  `json:"verified"` // bytes compared after the run
 
 	Verify    string         `json:"verify"`
-	Simulated bool           `json:"simulated"` // the backend moves no bytes
+	Simulated bool           `json:"simulated"` // the backend moves no bytes, or by simulated devices
 	Carried   map[string]int `json:"carried"`   // items of a call, by the backend that moved them
 	// The options that the backend was given.
 	Options map[string]string `json:"options,omitempty"`
@@ -86,6 +90,8 @@ type benchFlags struct {
 	iters, peers                  int
 	verify                        string
 	options                       map[string]string
+	memory, pool                  string
+	gpu                           config.GPU
 }
 
 func (a *app) benchCommand() *cobra.Command {
@@ -129,13 +135,17 @@ Modes take turns, too, each on a cluster of its own:
   process     every end runs its backends as processes, from the plugins beside umbp or in --plugins.dir
 
 A backend that counts has these counts of the caller's end in its rows: work requests, SGEs, posts, completions
-of the device, and calls of C. Otherwise completions are those of transfers.
+of the device, and calls of C; what else it counts stands beside them. Otherwise completions are those of
+transfers.
+
+Memory: the caller's values, the pools, or both may lie in a GPU's memory, where --backend xgmi moves them. Values
+of a caller on a GPU have no checksums, and are compared all the same.
 
 After each run the bytes of the last calls are compared. Flags that say "list" take several values, separated by
 commas; every combination is run.`, op),
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			f.plugins = benchPlugins(cmd)
+			f.plugins, f.gpu = benchSettings(cmd)
 			cases, err := f.cases(op)
 			if err != nil {
 				return err
@@ -149,7 +159,9 @@ commas; every combination is run.`, op),
 	flags.StringSliceVar(&f.backends, "backend", []string{null.Name}, "`list` of "+strings.Join(benchBackends(), ", ")+", and, with --mode process, others")
 	flags.StringToStringVar(&f.options, "backend-option", nil, "`option=value` of the measured backends; may be given more than once")
 	flags.StringSliceVar(&f.modes, "mode", []string{config.InProcess}, "`list` of in-process, process")
-	config.AddFlags(flags, "plugins.dir")
+	flags.StringVar(&f.memory, "memory", "host", "`place` of the caller's values: "+placeHelp)
+	flags.StringVar(&f.pool, "pool-memory", "host", "`place` of the pools: "+placeHelp)
+	config.AddFlags(flags, benchKeys...)
 	flags.IntSliceVar(&f.batches, "batch", []int{256}, "`list` of values in one call")
 	flags.IntSliceVar(&f.itemPages, "per-item-pages", []int{64, 128}, "`list` of pages in one value")
 	flags.IntSliceVar(&f.pageBytes, "page-bytes", []int{4096}, "`list` of bytes in one page")
@@ -231,13 +243,30 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 		}
 	}
 	f.words("verify", []string{b.verify}, "off", "sample", "all")
+	memory, memoryErr := parsePlace(b.memory)
+	if memoryErr != nil {
+		f.addf("--memory %w", memoryErr)
+	}
+	pool, poolErr := parsePlace(b.pool)
+	if poolErr != nil {
+		f.addf("--pool-memory %w", poolErr)
+	}
+	if memory.gpu && slices.Contains(b.scenarios, allStaged) {
+		f.addf("--scenario %s is of memory that is not registered, and a GPU's always is: leave out --memory %s", allStaged, memory)
+	}
+	if memory.gpu && b.verify != "off" {
+		f.addf("--verify must be off with --memory %s: values in a GPU's memory have no checksums", memory)
+	}
+	if slices.Contains(b.backends, xgmiName) && !memory.gpu && !pool.gpu && memoryErr == nil && poolErr == nil {
+		f.addf("--backend %s is for a GPU's memory: add --memory gpu, --pool-memory gpu, or both", xgmiName)
+	}
 	f.numbers("batch", maxBenchBatch, b.batches...)
 	f.numbers("per-item-pages", maxBenchPages, b.itemPages...)
 	f.numbers("page-bytes", maxBenchPage, b.pageBytes...)
 	f.numbers("iters", maxBenchIters, b.iters)
 	f.numbers("peers", maxBenchPeers, b.peers)
 	for _, name := range b.backends {
-		if c := (benchCase{backend: name}); op == benchGet && b.verify != "off" && c.simulated() {
+		if c := (benchCase{backend: name}); op == benchGet && b.verify != "off" && c.moveless() {
 			f.addf("--verify must be off for a batch-get over %s, which moves no bytes to verify", name)
 		}
 	}
@@ -252,7 +281,7 @@ func (b *benchFlags) cases(op string) ([]benchCase, error) {
 					for _, size := range b.pageBytes {
 						c := benchCase{
 							op: op, scenario: scenario, backend: name, batch: batch, itemPages: pages, pageBytes: uint64(size),
-							peers: b.peers, plugins: b.plugins, options: b.options,
+							peers: b.peers, plugins: b.plugins, options: b.options, memory: memory, pool: pool, gpu: b.gpu,
 						}
 						if c.batchBytes() > maxBenchBytes {
 							f.addf("%s: a batch of more than %s", &c, humanSize(maxBenchBytes))
@@ -292,9 +321,13 @@ func (a *app) benchBatches(cmd *cobra.Command, cases []benchCase, f *benchFlags)
 	return nil
 }
 
-// benchPlugins says where the plugins are. A benchmark reads no configuration but this.
-func benchPlugins(cmd *cobra.Command) config.Plugins {
-	return config.Plugins{Dir: config.ChangedFlags(cmd.Flags())["plugins.dir"]}
+// benchKeys are the keys that a benchmark has flags for: it reads no configuration.
+var benchKeys = []string{"plugins.dir", "gpu.runtime", "gpu.library"}
+
+// benchSettings returns what the flags of benchKeys say.
+func benchSettings(cmd *cobra.Command) (config.Plugins, config.GPU) {
+	flag := func(name string) string { return cmd.Flags().Lookup(name).Value.String() }
+	return config.Plugins{Dir: flag("plugins.dir")}, config.GPU{Runtime: flag("gpu.runtime"), Library: flag("gpu.library")}
 }
 
 // runBench runs one case and returns a row for each mode and plan.
@@ -324,7 +357,7 @@ func runBench(ctx context.Context, c benchCase, f *benchFlags, progress *pace) (
 	}
 	// What checksums cost does not depend on the plan.
 	i := slices.Index(f.plans, grouped)
-	if i < 0 || f.verify != "off" || c.simulated() && c.op == benchGet {
+	if i < 0 || f.verify != "off" || c.memory.gpu || c.moveless() && c.op == benchGet {
 		return rows, nil
 	}
 	samples, err = measure(ctx, checked, f.iters, report(", with checksums"))
@@ -342,7 +375,7 @@ func runBench(ctx context.Context, c benchCase, f *benchFlags, progress *pace) (
 func newBenchRow(t turn, samples []sample) benchRow {
 	c := &t.on.benchCase
 	verified := c.batchBytes()
-	if c.simulated() {
+	if c.moveless() {
 		verified = 0
 	}
 	of := func(part func(s *sample) time.Duration) float64 {
@@ -357,12 +390,19 @@ func newBenchRow(t turn, samples []sample) benchRow {
 	if _, counts := samples[0].counts["completions"]; counts {
 		completions = own("completions")
 	}
+	counts := make(map[string]uint64)
+	for name := range samples[0].counts {
+		if n := own(name); n > 0 && !slices.Contains(countColumns, name) {
+			counts[name] = n
+		}
+	}
 	wall := func(s *sample) time.Duration { return s.wall }
 	byWall := func(x, y sample) int { return cmp.Compare(x.wall, y.wall) }
 	shortest, longest := slices.MinFunc(samples, byWall), slices.MaxFunc(samples, byWall)
 	return benchRow{
 		Scenario: c.scenario, Op: c.op, Plan: t.plan, Backend: c.backend, Mode: c.mode,
-		Batch: c.batch, PerItemPages: c.itemPages, PageBytes: c.pageBytes, Iters: len(samples),
+		Batch: c.batch, PerItemPages: c.itemPages, PageBytes: c.pageBytes,
+		Memory: c.memory.String(), PoolMemory: c.pool.String(), Iters: len(samples),
 		WallMs: of(wall), WallMsMin: millis(shortest.wall), WallMsMax: millis(longest.wall),
 		ControlMs:  of(func(s *sample) time.Duration { return s.control }),
 		PlanMs:     of(func(s *sample) time.Duration { return s.plan }),
@@ -373,12 +413,15 @@ func newBenchRow(t turn, samples []sample) benchRow {
 		GiBs:       float64(c.batchBytes()) / (1 << 30) / of(wall) * 1000,
 		Transfers:  count(func(s *sample) uint64 { return s.transfers }), Segments: count(func(s *sample) uint64 { return s.segments }),
 		TransferCompletions: completed, Completions: completions, WorkRequests: own("work_requests"), SGEs: own("sges"),
-		Posts: own("posts"), CgoCalls: own("cgo_calls"),
+		Posts: own("posts"), CgoCalls: own("cgo_calls"), Counts: counts,
 		AllocsPerPage: float64(samples[0].allocs) / float64(c.pages()),
-		Verified:      verified, Verify: t.verify, Simulated: c.simulated(), Carried: samples[0].carried,
+		Verified:      verified, Verify: t.verify, Simulated: t.on.simulated(), Carried: samples[0].carried,
 		Options: c.options,
 	}
 }
+
+// countColumns are the counts of backends that have a place of their own in a row.
+var countColumns = []string{"work_requests", "sges", "posts", "completions", "cgo_calls"}
 
 func millis(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e6 }
 
@@ -395,8 +438,10 @@ func median[T any](list []T, f func(*T) float64) float64 {
 // printBench prints the rows of one case for people.
 func printBench(w io.Writer, c *benchCase, rows []benchRow) {
 	note := ""
-	if c.simulated() {
+	if c.moveless() {
 		note = fmt.Sprintf(" (simulated: %s moves no bytes)", c.backend)
+	} else if rows[0].Simulated {
+		note = " (simulated: there is no such device)"
 	}
 	fmt.Fprintf(w, "%s = %s a call%s; %d calls, verify %s, times in ms\n",
 		c, humanSize(c.batchBytes()), note, rows[0].Iters, rows[0].Verify)
@@ -446,6 +491,15 @@ func printPlans(w io.Writer, c *benchCase, mode string, rows []benchRow) {
 			}
 			say("%s: %d work requests with %d SGEs in %d posts, %d completions, %d calls of C%s",
 				r.Plan, r.WorkRequests, r.SGEs, r.Posts, r.Completions, r.CgoCalls, each)
+		}
+	}
+	for _, r := range []*benchRow{before, after} {
+		if r != nil && len(r.Counts) > 0 {
+			var counts []string
+			for _, name := range slices.Sorted(maps.Keys(r.Counts)) {
+				counts = append(counts, fmt.Sprintf("%d %s", r.Counts[name], strings.ReplaceAll(name, "_", " ")))
+			}
+			say("%s: %s", r.Plan, strings.Join(counts, ", "))
 		}
 	}
 	if before != nil {

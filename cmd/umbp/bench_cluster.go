@@ -1,7 +1,7 @@
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -16,7 +16,6 @@ import (
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/host"
-	"github.com/umbp/umbp/core/region"
 	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/null"
@@ -33,6 +32,8 @@ type benchCase struct {
 	pageBytes             uint64
 	peers                 int
 	options               map[string]string // of the backend that is measured
+	memory, pool          place             // of the caller's values, and of the pools
+	gpu                   config.GPU
 }
 
 // The operations and scenarios.
@@ -50,8 +51,8 @@ func (c *benchCase) itemBytes() uint64  { return uint64(c.itemPages) * c.pageByt
 func (c *benchCase) batchBytes() uint64 { return uint64(c.batch) * c.itemBytes() }
 func (c *benchCase) pages() int         { return c.batch * c.itemPages }
 
-// simulated tells whether the backend moves no bytes.
-func (c *benchCase) simulated() bool {
+// moveless tells whether the backend moves no bytes.
+func (c *benchCase) moveless() bool {
 	return c.backend == null.Name || simulations[c.backend] != nil
 }
 
@@ -64,8 +65,15 @@ func (c *benchCase) targets() int {
 
 // String names the case in progress reports and errors.
 func (c *benchCase) String() string {
-	return fmt.Sprintf("batch-%s %s over %s, %d x %d pages of %s", c.op, c.scenario, c.backend, c.batch, c.itemPages, humanSize(c.pageBytes))
+	between := ""
+	if c.gpus() {
+		between = fmt.Sprintf(" between %s and %s", c.memory, c.pool)
+	}
+	return fmt.Sprintf("batch-%s %s over %s%s, %d x %d pages of %s", c.op, c.scenario, c.backend, between, c.batch, c.itemPages, humanSize(c.pageBytes))
 }
+
+// gpus tells whether memory of a GPU is at either end.
+func (c *benchCase) gpus() bool { return c.memory.gpu || c.pool.gpu }
 
 // in returns the case with its backends in another mode.
 func (c *benchCase) in(mode string) benchCase {
@@ -91,9 +99,11 @@ type benchCluster struct {
 	caller    *core.Engine
 	clients   map[string]*core.PoolClient // by plan
 
-	data   []byte // the caller's memory: what is put, or got into
-	mirror []byte // the other end of the comparison: what is got to check a put, or was put to be got
-	serial int    // of the keys
+	memoryOn, poolOn *gpuDevice // nil for the host
+
+	data   *memory // the caller's: what is put, or got into
+	mirror *memory // the other end of the comparison: what is got to check a put, or was put to be got
+	serial int     // of the keys
 	items  []core.Item
 
 	closers []func() error // in the order of opening
@@ -112,6 +122,12 @@ func openBench(ctx context.Context, c benchCase, plans []string) (_ *benchCluste
 			err = fmt.Errorf("%s, %s: %w", &c, c.mode, errors.Join(err, b.Close()))
 		}
 	}()
+	if b.memoryOn, err = b.openGPU(c.memory); err != nil {
+		return nil, err
+	}
+	if b.poolOn, err = b.openGPU(c.pool); err != nil {
+		return nil, err
+	}
 	for i := range c.targets() {
 		engine, err := b.openEngine(ctx, fmt.Sprintf("target-%d", i), "127.0.0.1:0")
 		if err != nil {
@@ -147,6 +163,15 @@ func (b *benchCluster) Close() error {
 	return errors.Join(errs...)
 }
 
+// openGPU opens the device of a place; nil stands for the host's.
+func (b *benchCluster) openGPU(p place) (*gpuDevice, error) {
+	device, err := p.open(b.gpu)
+	if device != nil {
+		b.closers = append(b.closers, device.Close)
+	}
+	return device, err
+}
+
 // factories returns the backends of each end, and the still of benchCluster. A backend that is not linked in has no more
 // than a name, and runs as a process.
 func (c *benchCase) factories() (list []backend.Factory, still func()) {
@@ -165,7 +190,7 @@ func (c *benchCase) factories() (list []backend.Factory, still func()) {
 		s := simulate()
 		f, still = s.factory, s.still
 	}
-	if c.scenario == mixed { // the one where something is in the caller's own memory
+	if c.scenario == mixed && !c.gpus() { // the one where something is in the caller's own memory
 		list = append(list, shm.Factory)
 	}
 	return append(list, f), still
@@ -179,7 +204,7 @@ func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*co
 	case autoBackend:
 		rules = []selector.Rule{{Prefer: []string{shm.Factory.Name}, Allow: []string{tcp.Factory.Name}}}
 	default:
-		if b.scenario == mixed {
+		if b.scenario == mixed && !b.gpus() {
 			rules = append([]selector.Rule{{Match: selector.Match{SameNode: &within}, Require: []string{shm.Factory.Name}}}, rules...)
 		}
 	}
@@ -187,7 +212,7 @@ func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*co
 	for _, f := range b.factories {
 		options := map[string]string{}
 		if f.Name == b.backend {
-			options = maps.Clone(b.options)
+			options = b.backendOptions()
 		}
 		if f.Name == tcp.Factory.Name {
 			options = withOption(options, "listen", listen)
@@ -211,10 +236,33 @@ func (b *benchCluster) openEngine(ctx context.Context, name, listen string) (*co
 	return engine, nil
 }
 
+// backendOptions returns the options of the backend that is measured. One for GPUs opens what the command allocates with.
+func (c *benchCase) backendOptions() map[string]string {
+	options := map[string]string{}
+	if c.backend == xgmiName {
+		options["runtime"] = cmp.Or(c.gpu.Runtime, "auto")
+		options["library"] = c.gpu.Library
+	}
+	maps.Copy(options, c.options)
+	return options
+}
+
 func (b *benchCluster) startNode(ctx context.Context, engine *core.Engine) error {
-	node, err := core.NewNode(ctx, engine, core.NodeOptions{
+	opts := core.NodeOptions{
 		Directory: b.directory, Address: engine.Self().Node + ":1", PoolSize: headroom * b.batchBytes(), PageSize: b.pageBytes,
-	})
+	}
+	if b.poolOn != nil {
+		at, free, err := b.poolOn.alloc(opts.PoolSize)
+		if err != nil {
+			return err
+		}
+		b.closers = append(b.closers, free)
+		opts.GPU = &at
+	}
+	node, err := core.NewNode(ctx, engine, opts)
+	if b.poolOn != nil {
+		err = needsGPUBackend(err)
+	}
 	if err != nil {
 		return err
 	}
@@ -242,45 +290,38 @@ func (b *benchCluster) openClient(ctx context.Context, plan string) error {
 // openMemory allocates the two ends of the comparison. Staged memory is populated like the other, but not
 // registered.
 func (b *benchCluster) openMemory(ctx context.Context, client *core.PoolClient) error {
-	registered := func() ([]byte, error) {
-		buf, err := client.Alloc(ctx, b.batchBytes())
-		if err != nil {
-			return nil, err
+	open := func(registered bool) (m *memory, err error) {
+		if registered {
+			m, err = openMemory(ctx, client, b.memoryOn, b.batchBytes())
+		} else {
+			m, err = openUnregistered(ctx, b.batchBytes())
 		}
-		b.closers = append(b.closers, func() error { return buf.Close(context.Background()) })
-		return buf.Bytes(), nil
+		if err == nil {
+			b.closers = append(b.closers, func() error { return m.Close(context.Background()) })
+		}
+		return m, err
 	}
 	var err error
-	if b.mirror, err = registered(); err != nil {
-		return err
-	}
-	if b.scenario != allStaged {
-		b.data, err = registered()
-		return err
-	}
-	arena, err := region.NewArena("bench", b.batchBytes(), region.ArenaOptions{Context: ctx})
-	if err == nil {
-		b.data = arena.Bytes()
-		b.closers = append(b.closers, arena.Close)
+	if b.mirror, err = open(true); err == nil {
+		b.data, err = open(b.scenario != allStaged)
 	}
 	return err
 }
 
 // name gives the items fresh keys, and the values in memory.
-func (b *benchCluster) name(memory []byte) {
+func (b *benchCluster) name(m *memory) {
 	b.serial++
 	for i := range b.items {
 		b.items[i].Key = fmt.Sprintf("bench-%d-%d", b.serial, i)
 	}
-	b.lay(memory)
+	b.lay(m)
 }
 
 // lay gives the items the values in memory, one after the other.
-func (b *benchCluster) lay(memory []byte) {
+func (b *benchCluster) lay(m *memory) {
 	size := b.itemBytes()
 	for i := range b.items {
-		at := uint64(i) * size
-		b.items[i].Value = memory[at : at+size : at+size]
+		m.lay(&b.items[i], uint64(i)*size, size)
 	}
 }
 
@@ -380,7 +421,9 @@ func (b *benchCluster) begin(ctx context.Context, plan string) (end func() error
 		return func() error { return nil }, nil
 	}
 	b.name(b.mirror)
-	fillPattern(b.mirror, uint64(b.serial))
+	if err := b.mirror.fill(uint64(b.serial)); err != nil {
+		return nil, err
+	}
 	putter := b.clients[plan]
 	putter.Tune(core.Tuning{Verify: core.VerifyAll}) // so that there are checksums to verify
 	if err := b.allAre(core.Stored, putter.BatchPut(ctx, b.items)); err != nil {
@@ -395,36 +438,60 @@ func (b *benchCluster) begin(ctx context.Context, plan string) (end func() error
 func (b *benchCluster) call(ctx context.Context, t turn, count, last bool) (sample, error) {
 	client := b.clients[t.plan]
 	client.Tune(core.Tuning{Verify: verifyLevels[t.verify]})
-	check := last && !b.simulated()
+	check := last && !b.moveless()
 	run, want := client.BatchGet, core.Found
 	if b.op == benchPut {
 		run, want = client.BatchPut, core.Stored
 		b.name(b.data)
-		if check {
-			fillPattern(b.data, uint64(b.serial))
+	}
+	if check {
+		if err := b.renew(); err != nil {
+			return sample{}, err
 		}
-	} else if check {
-		clear(b.data)
 	}
 	s, results := b.timed(ctx, client, run, count)
 	if err := b.allAre(want, results); err != nil {
 		return s, err
 	}
-	if check && b.op == benchPut {
-		clear(b.mirror)
-		b.lay(b.mirror)
-		if err := b.allAre(core.Found, client.BatchGet(ctx, b.items)); err != nil {
+	if check {
+		if err := b.compare(ctx, client); err != nil {
 			return s, err
 		}
-	}
-	if check && !bytes.Equal(b.data, b.mirror) {
-		return s, &backend.Error{Code: backend.Integrity, Op: "compare", Text: b.String() + ": bytes came back that were not put"}
 	}
 	if b.op == benchPut {
 		return s, b.remove(ctx, client)
 	}
 	return s, nil
 }
+
+// renew gives the caller's memory bytes that it never had, or, to get into, none.
+func (b *benchCluster) renew() error {
+	if b.op == benchPut {
+		return b.data.fill(uint64(b.serial))
+	}
+	return b.data.clear()
+}
+
+// compare compares what was got with what was put, after it has got what was put.
+func (b *benchCluster) compare(ctx context.Context, client *core.PoolClient) error {
+	if b.op == benchPut {
+		if err := b.mirror.clear(); err != nil {
+			return err
+		}
+		b.lay(b.mirror)
+		if err := b.allAre(core.Found, client.BatchGet(ctx, b.items)); err != nil {
+			return err
+		}
+	}
+	err := b.data.compare(b.mirror)
+	if errors.Is(err, errDiffers) {
+		return &backend.Error{Code: backend.Integrity, Op: "compare", Text: b.String() + ": " + err.Error()}
+	}
+	return err
+}
+
+// simulated tells whether what was measured is simulated: the devices, or the moving of bytes itself.
+func (b *benchCluster) simulated() bool { return b.moveless() || simulatedDevices(b.caller) }
 
 // timed makes one call and takes the time, or counts its allocations.
 func (b *benchCluster) timed(

@@ -45,6 +45,7 @@ type limitRow struct {
 	Reached    bool    `json:"reached"`
 	Rounds     int     `json:"rounds"`
 	Skipped    string  `json:"skipped,omitempty"` // why it was not measured
+	On         string  `json:"on,omitempty"`      // the devices, where they matter
 }
 
 // limit is something that a part of umbp is held against.
@@ -61,6 +62,7 @@ type limit struct {
 // contest is the two sides of a limit. Each returns one measurement.
 type contest struct {
 	umbp, limit func(ctx context.Context) (float64, error)
+	note        string // the devices, where they matter
 	closers     []func() error
 }
 
@@ -75,7 +77,7 @@ func (c *contest) Close() error {
 func (a *app) benchLimitsCommand() *cobra.Command {
 	var only []string
 	var rounds int
-	limits := knownLimits(config.Plugins{})
+	limits := knownLimits(config.Plugins{}, config.GPU{})
 	var names, list []string
 	for _, l := range limits {
 		names = append(names, l.name)
@@ -83,7 +85,7 @@ func (a *app) benchLimitsCommand() *cobra.Command {
 	}
 	cmd := &cobra.Command{
 		Use:   "limits",
-		Short: "Hold backends against memcpy, iperf3, a bare socket, perftest and Redis",
+		Short: "Hold backends against memcpy, iperf3, a bare socket, perftest, a GPU's runtime and Redis",
 		Long: `limits measures what the backends reach beside what this host can do without them. Both sides take
 turns, and the figures are medians. iperf3, perftest and Redis are used where they are installed, and plugins where
 they are beside umbp or in --plugins.dir. The control plane of umbp is direct calls here.
@@ -100,17 +102,17 @@ they are beside umbp or in --plugins.dir. The control plane of umbp is direct ca
 			if err := f.err(); err != nil {
 				return err
 			}
-			return a.benchLimits(cmd, knownLimits(benchPlugins(cmd)), only, rounds)
+			return a.benchLimits(cmd, knownLimits(benchSettings(cmd)), only, rounds)
 		},
 	}
 	cmd.Flags().StringSliceVar(&only, "only", nil, "`list` of the limits to measure; all, unless it is given")
-	config.AddFlags(cmd.Flags(), "plugins.dir")
+	config.AddFlags(cmd.Flags(), benchKeys...)
 	cmd.Flags().IntVar(&rounds, "rounds", 5, "measurements of each side; of short ones, ten or twenty times as many")
 	return a.listing(cmd)
 }
 
 // knownLimits returns all limits, in the order in which they are printed.
-func knownLimits(plugins config.Plugins) []limit {
+func knownLimits(plugins config.Plugins, gpus config.GPU) []limit {
 	const (
 		size       = 64 << 20
 		big, small = 256 << 10, 4 << 10
@@ -156,6 +158,7 @@ func knownLimits(plugins config.Plugins) []limit {
 		},
 	}}
 	limits = append(limits, rdmaLimits(overTCP)...)
+	limits = append(limits, gpuLimits(gpus)...)
 	for _, r := range []struct {
 		backend string
 		bytes   int
@@ -238,6 +241,7 @@ func (l *limit) run(ctx context.Context, rounds int, progress *pace) (row limitR
 		return row, err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
+	row.On = c.note
 	type pair struct{ umbp, limit float64 }
 	var pairs []pair
 	for n := range rounds*l.turns + 1 {
@@ -281,6 +285,9 @@ func printLimit(w io.Writer, r *limitRow, first bool) {
 	if !r.Reached {
 		verdict = "missed"
 	}
+	if r.On != "" {
+		verdict += "; on " + r.On
+	}
 	fmt.Fprintf(w, "%9.2f %9.2f %-5s %7.2f %+7.2f %8s %s\n", r.UMBP, r.Limit, r.Unit, r.Ratio, r.Difference, r.Goal, verdict)
 }
 
@@ -293,7 +300,7 @@ type measurement func(ctx context.Context, b *benchCluster) (float64, error)
 // openAgainst opens a cluster that is measured, and its opponent.
 func openAgainst(ctx context.Context, c benchCase, measure measurement, opponent opener) (*contest, error) {
 	k := &contest{}
-	b, err := openLoaded(ctx, k, c)
+	b, err := openLoaded(ctx, k, c, grouped)
 	if err != nil {
 		return nil, errors.Join(err, k.Close())
 	}
@@ -306,33 +313,35 @@ func openAgainst(ctx context.Context, c benchCase, measure measurement, opponent
 
 // openContest opens a cluster, where one caller makes so many puts for a measurement, and its opponent.
 func openContest(ctx context.Context, c benchCase, calls int, opponent opener) (*contest, error) {
-	return openAgainst(ctx, c, func(ctx context.Context, b *benchCluster) (float64, error) { return putRates(ctx, b, calls) }, opponent)
+	return openAgainst(ctx, c, func(ctx context.Context, b *benchCluster) (float64, error) { return putRates(ctx, b, grouped, calls) }, opponent)
 }
 
 // openSame measures another cluster in the same way.
 func openSame(c benchCase, measure measurement) opener {
 	return func(ctx context.Context, k *contest) error {
-		b, err := openLoaded(ctx, k, c)
+		b, err := openLoaded(ctx, k, c, grouped)
 		k.limit = func(ctx context.Context) (float64, error) { return measure(ctx, b) }
 		return err
 	}
 }
 
 // putRate makes one put and returns GB/s.
-func putRate(ctx context.Context, b *benchCluster) (float64, error) { return putRates(ctx, b, 1) }
+func putRate(ctx context.Context, b *benchCluster) (float64, error) {
+	return putRates(ctx, b, grouped, 1)
+}
 
-// putRates makes so many puts. The values of a page are scattered, so that nothing of them can be merged.
-func putRates(ctx context.Context, b *benchCluster, calls int) (float64, error) {
+// putRates makes so many puts by a plan. The values of a page are scattered, so that nothing of them can be merged.
+func putRates(ctx context.Context, b *benchCluster, plan string, calls int) (float64, error) {
 	scattered := rand.New(rand.NewPCG(400, 1)).Perm(len(b.items))
 	var took time.Duration
 	for range calls {
 		b.name(b.data)
 		if b.itemPages == 1 {
 			for i, at := range scattered {
-				b.items[i].Value = b.data[uint64(at)*b.pageBytes:][:b.pageBytes:b.pageBytes]
+				b.data.lay(&b.items[i], uint64(at)*b.pageBytes, b.pageBytes)
 			}
 		}
-		d, err := b.put(ctx)
+		d, err := b.put(ctx, plan)
 		if err != nil {
 			return 0, err
 		}
@@ -347,7 +356,7 @@ func putMicros(ctx context.Context, b *benchCluster) (float64, error) {
 	for i := range took {
 		b.name(b.data)
 		var err error
-		if took[i], err = b.put(ctx); err != nil {
+		if took[i], err = b.put(ctx, grouped); err != nil {
 			return 0, err
 		}
 	}
@@ -358,8 +367,8 @@ func putMicros(ctx context.Context, b *benchCluster) (float64, error) {
 const singleCalls = 500
 
 // put makes one put of the items, takes its time, and removes them.
-func (b *benchCluster) put(ctx context.Context) (time.Duration, error) {
-	client := b.clients[grouped]
+func (b *benchCluster) put(ctx context.Context, plan string) (time.Duration, error) {
+	client := b.clients[plan]
 	start := time.Now()
 	results := client.BatchPut(ctx, b.items)
 	took := time.Since(start)
@@ -373,14 +382,16 @@ func openCrowd(ctx context.Context, c benchCase, callers, calls int, opponent op
 }
 
 // openLoaded opens a cluster that holds its items.
-func openLoaded(ctx context.Context, k *contest, c benchCase) (*benchCluster, error) {
-	b, err := openBench(ctx, c, []string{grouped})
+func openLoaded(ctx context.Context, k *contest, c benchCase, plans ...string) (*benchCluster, error) {
+	b, err := openBench(ctx, c, plans)
 	if err != nil {
 		return nil, err
 	}
 	k.closers = append(k.closers, b.Close)
 	b.name(b.mirror)
-	fillPattern(b.mirror, 1)
+	if err := b.mirror.fill(1); err != nil {
+		return nil, err
+	}
 	if err := b.allAre(core.Stored, b.clients[grouped].BatchPut(ctx, b.items)); err != nil {
 		return nil, err
 	}
@@ -547,7 +558,7 @@ func openLatency(ctx context.Context) (*contest, error) {
 	b, err := openLoaded(ctx, k, benchCase{
 		op: benchGet, scenario: allZeroCopy, backend: tcp.Factory.Name, batch: 1, itemPages: 1, pageBytes: answer,
 		options: oneConnection(tcp.Factory.Name),
-	})
+	}, grouped)
 	if err != nil {
 		return nil, errors.Join(err, k.Close())
 	}

@@ -235,7 +235,7 @@ func TestBenchRows(t *testing.T) {
 			}
 			want := benchRow{
 				Scenario: []string{allZeroCopy, mixed, allStaged, multiPeer}[i/8], Op: op, Plan: []string{perPage, grouped}[i%2],
-				Backend: []string{"null", "shm", "tcp", "auto"}[i/2%4], Mode: "in-process", Batch: batch, PerItemPages: pages, PageBytes: pageBytes,
+				Backend: []string{"null", "shm", "tcp", "auto"}[i/2%4], Mode: "in-process", Batch: batch, PerItemPages: pages, PageBytes: pageBytes, Memory: "host", PoolMemory: "host",
 				Iters: 3, Transfers: groups[r.Plan], TransferCompletions: groups[r.Plan], Completions: groups[r.Plan], Verified: wantVerified, Verify: "off",
 				Simulated: r.Backend == "null", Carried: carried,
 			}
@@ -302,10 +302,10 @@ func TestBenchFieldNames(t *testing.T) {
 		row  any
 		want string
 	}{
-		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1, Options: map[string]string{"a": "b"}}, "allocs_per_page backend batch carried cgo_calls completions control_ms dispatch_ms gib_s iters mode move_ms op options " +
-			"page_bytes per_item_pages plan plan_ms posts scenario segments sges simulated staging_ms transfer_completions transfers verified verify verify_ms " +
+		{benchRow{WallMsVerifySample: 1, WallMsVerifyAll: 1, Options: map[string]string{"a": "b"}, Counts: map[string]uint64{"a": 1}}, "allocs_per_page backend batch carried cgo_calls completions control_ms counts dispatch_ms gib_s iters mode move_ms op options " +
+			"memory page_bytes pool_memory per_item_pages plan plan_ms posts scenario segments sges simulated staging_ms transfer_completions transfers verified verify verify_ms " +
 			"wall_ms wall_ms_max wall_ms_min wall_ms_verify_all wall_ms_verify_sample work_requests"},
-		{limitRow{Skipped: "x"}, "against difference goal limit name ratio reached rounds skipped umbp unit what"},
+		{limitRow{Skipped: "x", On: "y"}, "on against difference goal limit name ratio reached rounds skipped umbp unit what"},
 	} {
 		encoded, err := json.Marshal(tc.row)
 		if err != nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 
@@ -12,7 +13,6 @@ import (
 
 	"github.com/umbp/umbp/config"
 	"github.com/umbp/umbp/core"
-	"github.com/umbp/umbp/core/host"
 	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
@@ -27,7 +27,14 @@ type findingRow struct {
 type checkup struct {
 	State    backend.FindingState `json:"state"` // the worst of all; a problem, too, when not all could be looked at
 	Findings []findingRow         `json:"findings"`
+	Links    []backendLinks       `json:"links"` // of the backends that have opened and do not reach all places
 	Patterns []patternRow         `json:"patterns"`
+}
+
+// backendLinks is what one backend reaches from where.
+type backendLinks struct {
+	Backend string    `json:"backend"`
+	Links   []linkRow `json:"links"`
 }
 
 // doctor is one run of the command.
@@ -84,13 +91,13 @@ Exit codes:
 }
 
 func (d *doctor) run(ctx context.Context, offline bool) error {
-	d.checkup = checkup{Findings: []findingRow{}, Patterns: []patternRow{}}
+	d.checkup = checkup{Findings: []findingRow{}, Links: []backendLinks{}, Patterns: []patternRow{}}
 	backends, err := d.backends()
 	if err != nil {
 		return err
 	}
 	for _, b := range backends {
-		d.examine(ctx, b)
+		d.examine(b)
 	}
 	var failures []error
 	opened := reassure(d.cmd, "opening the backends")
@@ -158,14 +165,8 @@ func (d *doctor) add(name string, f ...backend.Finding) {
 }
 
 // examine asks one backend what it finds.
-func (d *doctor) examine(ctx context.Context, b config.Backend) {
-	defer reassure(d.cmd, "examining "+b.Name)()
-	spec, err := backendSpec(linked(b.Name), d.config.Mode(&b), d.config.Plugins, b)
-	if err != nil {
-		d.add(b.Name, backend.Finding{Subject: "plugin", State: backend.Problem, Text: err.Error()})
-		return
-	}
-	d.add(b.Name, host.Examine(ctx, spec)...)
+func (d *doctor) examine(b config.Backend) {
+	d.add(b.Name, examine(d.cmd, d.config, b)...)
 	if !b.Enabled {
 		d.add(b.Name, backend.Finding{
 			Subject: "configuration", State: backend.Warning, Text: "the configuration does not enable it",
@@ -186,6 +187,9 @@ func (d *doctor) look(engine *core.Engine) {
 			d.add(r.Name, backend.Finding{
 				Subject: "opening", Text: fmt.Sprintf("%s %s, %s; %s; reach: %s", state, r.Version, r.Mode, strings.Join(r.Ops, " and "), r.Reach),
 			})
+			if len(r.Links) > 0 {
+				d.checkup.Links = append(d.checkup.Links, backendLinks{r.Name, r.Links})
+			}
 		default:
 			d.add(r.Name, backend.Finding{
 				Subject: "opening", State: backend.Problem, Text: r.Reason,
@@ -233,18 +237,31 @@ func (d *doctor) print() error {
 	if d.app.json {
 		return printJSON(out, c)
 	}
+	if err := printFindings(out, c.Findings); err != nil {
+		return err
+	}
+	for _, b := range c.Links {
+		fmt.Fprintf(out, "\n%s moves between:\n", b.Backend)
+		if err := printLinks(out, b.Links); err != nil {
+			return err
+		}
+	}
+	if len(c.Patterns) == 0 {
+		return nil
+	}
+	fmt.Fprintln(out)
+	return printPatterns(out, c.Patterns)
+}
+
+func printFindings(w io.Writer, findings []findingRow) error {
 	var rows [][]string
-	for _, f := range c.Findings {
+	for _, f := range findings {
 		rows = append(rows, []string{f.Backend, oneLine(f.Subject), f.State.String(), oneLine(f.Text)})
 		if f.Remedy != "" { // sentences side by side would be wider than any screen
 			rows = append(rows, []string{"", "", "remedy", oneLine(f.Remedy)})
 		}
 	}
-	if err := printTable(out, []string{"BACKEND", "SUBJECT", "STATE", "FOUND"}, rows); err != nil || len(c.Patterns) == 0 {
-		return err
-	}
-	fmt.Fprintln(out)
-	return printPatterns(out, c.Patterns)
+	return printTable(w, []string{"BACKEND", "SUBJECT", "STATE", "FOUND"}, rows)
 }
 
 // oneLine makes a text of others fit into a table.

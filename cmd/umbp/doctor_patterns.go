@@ -13,6 +13,7 @@ import (
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/control"
 	"github.com/umbp/umbp/core/directory"
+	"github.com/umbp/umbp/core/region"
 	"github.com/umbp/umbp/core/selector"
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
@@ -135,13 +136,13 @@ func (d *doctor) tryNode(ctx context.Context, engine *core.Engine, dir directory
 	}()
 	sameHost := node.Peer.Host != "" && node.Peer.Host == engine.Self().Host
 	first := len(d.checkup.Patterns)
-	policy := applied(rules(d.config), sameHost)
+	pool := d.poolOf(ctx, node)
+	policy := applied(rules(d.config), sameHost, pool.Kind)
 	works := make(map[string]bool) // by name of the backend: nothing is known against it
 	for _, state := range engine.BackendStates() {
-		reaches := state.Info != nil && (state.Info.Capabilities.Reach == backend.Network ||
-			state.Info.Capabilities.Reach == backend.SameHost && sameHost)
+		can := state.Info != nil && reaches(&state.Info.Capabilities, sameHost, &pool)
 		names := func(r selector.Rule) bool { return slices.Contains(named(r), state.Name) }
-		if !reaches || !slices.ContainsFunc(policy, names) {
+		if !can || !slices.ContainsFunc(policy, names) {
 			continue
 		}
 		if works[state.Name] = true; d.only != "" && d.only != state.Name {
@@ -185,14 +186,36 @@ func relaxPatterns(rows []patternRow, policy []selector.Rule, works map[string]b
 	}
 }
 
-// applied returns the rules that decide over transfers of the patterns, of memory of hosts, with another process. One
+// poolOf returns what the patterns go to. Of a node that does not say, they say more.
+func (d *doctor) poolOf(ctx context.Context, node directory.Node) region.Descriptor {
+	asking, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	service, hangUp, err := core.DialControl(d.config.TLS.Credentials())(asking, node)
+	if err == nil {
+		defer hangUp()
+		var pool region.Descriptor
+		if pool, err = poolOf(asking, service); err == nil {
+			return pool
+		}
+	}
+	return region.Descriptor{Kind: backend.HostMemory}
+}
+
+// reaches tells whether a backend can do with a pool what the patterns want, which are in the host's memory here.
+func reaches(caps *backend.Capabilities, sameHost bool, pool *region.Descriptor) bool {
+	_, link := caps.Link("", pool.Place)
+	near := caps.Reach == backend.Network || caps.Reach == backend.SameHost && sameHost
+	return near && link && caps.Local.Has(backend.HostMemory) && caps.Remote.Has(pool.Kind)
+}
+
+// applied returns the rules that decide over transfers of the patterns, of memory of this host, with another process. One
 // that decides over several kinds of them is there as often.
-func applied(rules []selector.Rule, sameHost bool) (decide []selector.Rule) {
+func applied(rules []selector.Rule, sameHost bool, remote backend.MemoryKind) (decide []selector.Rule) {
 	for _, op := range []backend.Op{backend.Write, backend.Read} {
 		for _, size := range patternSizes {
 			i := slices.IndexFunc(rules, func(r selector.Rule) bool {
 				m := r.Match
-				return m.Local&^backend.HostMemory == 0 && m.Remote&^backend.HostMemory == 0 &&
+				return m.Local&^backend.HostMemory == 0 && (m.Remote == 0 || m.Remote == remote) &&
 					(m.SameHost == nil || *m.SameHost == sameHost) && (m.SameNode == nil || !*m.SameNode) &&
 					(m.Op == 0 || m.Op == op) && size >= m.MinSize && (m.MaxSize == 0 || size <= m.MaxSize)
 			})

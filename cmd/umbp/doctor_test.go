@@ -58,21 +58,25 @@ func TestApplied(t *testing.T) {
 		name     string
 		match    selector.Match
 		sameHost bool
+		remote   backend.MemoryKind
 		want     bool
 	}{
-		{"all", selector.Match{}, false, true},
-		{"hosts' memory", selector.Match{Local: backend.HostMemory, Remote: backend.HostMemory}, false, true},
-		{"a GPU's memory", selector.Match{Remote: backend.GPUMemory}, false, false},
-		{"reads", selector.Match{Op: backend.Read}, false, true},
-		{"the same host", selector.Match{SameHost: &truth}, true, true},
-		{"another host", selector.Match{SameHost: &truth}, false, false},
-		{"the same node", selector.Match{SameNode: &truth}, true, false},
-		{"large ones", selector.Match{MinSize: 8 << 20}, false, true},
-		{"larger ones", selector.Match{MinSize: 8<<20 + 1}, false, false},
-		{"small ones", selector.Match{MaxSize: 1}, false, true},
+		{"all", selector.Match{}, false, backend.HostMemory, true},
+		{"hosts' memory", selector.Match{Local: backend.HostMemory, Remote: backend.HostMemory}, false, backend.HostMemory, true},
+		{"a GPU's memory", selector.Match{Remote: backend.GPUMemory}, false, backend.HostMemory, false},
+		{"a GPU's memory, of a pool there", selector.Match{Remote: backend.GPUMemory}, false, backend.GPUMemory, true},
+		{"hosts' memory, of a pool on a GPU", selector.Match{Remote: backend.HostMemory}, false, backend.GPUMemory, false},
+		{"a GPU's memory here", selector.Match{Local: backend.GPUMemory}, false, backend.GPUMemory, false},
+		{"reads", selector.Match{Op: backend.Read}, false, backend.HostMemory, true},
+		{"the same host", selector.Match{SameHost: &truth}, true, backend.HostMemory, true},
+		{"another host", selector.Match{SameHost: &truth}, false, backend.HostMemory, false},
+		{"the same node", selector.Match{SameNode: &truth}, true, backend.HostMemory, false},
+		{"large ones", selector.Match{MinSize: 8 << 20}, false, backend.HostMemory, true},
+		{"larger ones", selector.Match{MinSize: 8<<20 + 1}, false, backend.HostMemory, false},
+		{"small ones", selector.Match{MaxSize: 1}, false, backend.HostMemory, true},
 	} {
 		rules := []selector.Rule{{Match: c.match, Prefer: []string{"x"}}, {Require: []string{"y"}}}
-		decide := applied(rules, c.sameHost)
+		decide := applied(rules, c.sameHost, c.remote)
 		got := slices.ContainsFunc(decide, func(r selector.Rule) bool { return slices.Contains(named(r), "x") })
 		if got != c.want {
 			t.Errorf("%s: these rules decide: %+v", c.name, decide)

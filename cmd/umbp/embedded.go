@@ -18,12 +18,15 @@ import (
 type embedded struct {
 	directory *directory.Memory
 	nodes     []*core.Node
+	device    *gpuDevice // that the pools lie on; nil for the host
 	client    *poolClient
 	closers   []func() error // run last first
 }
 
 // openEmbedded starts so many nodes, each with a pool of poolSize bytes in pages of pageSize.
-func openEmbedded(ctx context.Context, c *config.Config, nodes int, poolSize, pageSize uint64, log hclog.Logger) (_ *embedded, err error) {
+func openEmbedded(
+	ctx context.Context, c *config.Config, nodes int, pool place, poolSize, pageSize uint64, log hclog.Logger,
+) (_ *embedded, err error) {
 	e := &embedded{directory: directory.NewMemory(directory.Options{})}
 	e.closers = append(e.closers, e.directory.Close)
 	defer func() {
@@ -31,16 +34,34 @@ func openEmbedded(ctx context.Context, c *config.Config, nodes int, poolSize, pa
 			err = errors.Join(err, e.Close())
 		}
 	}()
+	if e.device, err = pool.open(c.GPU); err != nil {
+		return nil, err
+	}
+	if e.device != nil {
+		e.closers = append(e.closers, e.device.Close)
+	}
 	for i := range nodes {
+		opts := core.NodeOptions{
+			Directory: e.directory, Address: "in this process", PoolSize: poolSize, PageSize: pageSize,
+			HugePages: region.HugePages(c.Pool.HugePages), Limits: limits(c), Log: log,
+		}
+		if e.device != nil {
+			at, free, err := e.device.alloc(poolSize)
+			if err != nil {
+				return nil, err
+			}
+			e.closers = append(e.closers, free)
+			opts.GPU = &at
+		}
 		engine, err := openEngine(ctx, c, fmt.Sprintf("node-%d", i), true, log)
 		if err != nil {
 			return nil, err
 		}
 		e.closers = append(e.closers, engine.Close)
-		node, err := core.NewNode(ctx, engine, core.NodeOptions{
-			Directory: e.directory, Address: "in this process", PoolSize: poolSize, PageSize: pageSize,
-			HugePages: region.HugePages(c.Pool.HugePages), Limits: limits(c), Log: log,
-		})
+		node, err := core.NewNode(ctx, engine, opts)
+		if e.device != nil {
+			err = needsGPUBackend(err)
+		}
 		if err != nil {
 			return nil, err
 		}

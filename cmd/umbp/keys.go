@@ -93,7 +93,7 @@ func (a *app) put(cmd *cobra.Command, p *poolClient, key, file string) (err erro
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, buf.Close(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, closeBuffer(buf)) }()
 	value := buf.Bytes()[:size]
 	if _, err := io.ReadFull(in, value); err != nil {
 		return fmt.Errorf("read %s: %w", inputName(file), err)
@@ -165,7 +165,7 @@ func (a *app) get(cmd *cobra.Command, p *poolClient, key, output string) (err er
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, buf.Close(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(err, closeBuffer(buf)) }()
 	start := time.Now()
 	r := p.Get(ctx, key, buf.Bytes())
 	took := time.Since(start)

@@ -30,7 +30,7 @@ func TestOptionsPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	var stdout, stderr bytes.Buffer
-	args := []string{"backends", "schema", "shm", "tcp", "rdma", "--markdown", "--plugins.dir", pluginFolder(t)}
+	args := []string{"backends", "schema", "shm", "tcp", "xgmi", "rdma", "--markdown", "--plugins.dir", pluginFolder(t)}
 	if code := run(args, nil, &stdout, &stderr); code != exitOK {
 		t.Fatalf("exit code %d\n%s", code, stderr.String())
 	}

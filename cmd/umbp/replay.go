@@ -38,7 +38,9 @@ type request struct {
 
 // replayResult is one row of what umbp replay prints with --json.
 type replayResult struct {
-	Mode       string  `json:"mode"` // of plugins.mode: in-process, or process
+	Mode       string  `json:"mode"`      // of plugins.mode: in-process, or process
+	Memory     string  `json:"memory"`    // where the values of the client lie
+	Simulated  bool    `json:"simulated"` // by simulated devices
 	Requests   int     `json:"requests"`
 	HitRatio   float64 `json:"hit_ratio"` // of the tokens of all prompts, those that were got
 	Evictions  uint64  `json:"evictions"`
@@ -60,6 +62,7 @@ type replayFlags struct {
 	bytesPerToken int
 	speed         string
 	modes         []string
+	memory, pool  string
 }
 
 func (a *app) replayCommand() *cobra.Command {
@@ -74,6 +77,9 @@ back can be checked. It fails if one is wrong.
 
 Without directory.address it starts nodes within the process. With it, it uses a running cluster.
 
+With --memory gpu, the client's values lie in a GPU's memory, and with --pool-memory gpu the pools of the nodes that
+it starts: a backend that moves them, such as xgmi, has to be configured.
+
 With --mode, backends run as it says where the configuration says nothing of them. Several modes take turns,
 request by request, each on nodes of its own; there is a row for each, and with --json an array of objects instead of
 one object.`,
@@ -85,12 +91,14 @@ one object.`,
 	cmd.Flags().IntVar(&f.bytesPerToken, "bytes-per-token", 64, "bytes of a token's KV cache")
 	cmd.Flags().IntVar(&f.limit, "limit", 0, "replay no more than so many requests; 0 replays all")
 	cmd.Flags().StringSliceVar(&f.modes, "mode", nil, "`list` of in-process, process; plugins.mode, unless it is given")
-	config.AddFlags(cmd.Flags(), "plugins.dir")
+	cmd.Flags().StringVar(&f.memory, "memory", "host", "`place` of the client's values: "+placeHelp)
+	cmd.Flags().StringVar(&f.pool, "pool-memory", "", "`place` of the pools: host, gpu or gpu:N; without it, as pool.memory and pool.device say")
+	config.AddFlags(cmd.Flags(), "plugins.dir", "gpu.runtime", "gpu.library")
 	cmd.Flags().StringVar(&f.speed, "speed", "max", "`pace`: max, or a multiple of the trace's own, such as 1x or 10x")
 	return a.client(a.listing(cmd))
 }
 
-func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
+func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) (err error) {
 	pace, err := parsePace(f.speed)
 	if err != nil {
 		return &usageError{err}
@@ -106,12 +114,20 @@ func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
 	case f.limit < 0:
 		return &usageError{fmt.Errorf("--limit %d is negative", f.limit)}
 	}
+	faults := benchFaults{}
 	if cmd.Flags().Changed("mode") {
-		faults := benchFaults{}
 		faults.words("mode", f.modes, config.InProcess, config.AsProcess)
-		if err := faults.err(); err != nil {
-			return err
-		}
+	}
+	memory, err := parsePlace(f.memory)
+	if err != nil {
+		faults.addf("--memory %w", err)
+	}
+	pool, err := parsePlace(cmp.Or(f.pool, "host"))
+	if err != nil {
+		faults.addf("--pool-memory %w", err)
+	}
+	if err := faults.err(); err != nil {
+		return err
 	}
 	source := a.source(cmd)
 	configs, err := loadModes(source, f.modes)
@@ -119,10 +135,13 @@ func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
 		return err
 	}
 	c := configs[0]
+	if f.pool == "" {
+		pool = poolPlace(c)
+	}
 	switch {
 	case c.Directory.Address == "":
-	case cmd.Flags().Changed("nodes") || cmd.Flags().Changed("pool-size"):
-		return &usageError{fmt.Errorf("--nodes and --pool-size are for nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
+	case cmd.Flags().Changed("nodes") || cmd.Flags().Changed("pool-size") || cmd.Flags().Changed("pool-memory"):
+		return &usageError{fmt.Errorf("--nodes, --pool-size and --pool-memory are for nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
 			c.Directory.Address, c.Origin("directory.address"))}
 	case len(configs) > 1:
 		return &usageError{fmt.Errorf("several modes are compared on nodes that replay starts itself, and directory.address names a running cluster: %s [%s]",
@@ -132,14 +151,20 @@ func (a *app) replay(cmd *cobra.Command, f replayFlags, file string) error {
 	if err != nil {
 		return err
 	}
-	r := &replayer{requests: requests, blockBytes: tokensPerBlock * f.bytesPerToken, pace: pace, stderr: cmd.ErrOrStderr()}
+	r := &replayer{requests: requests, blockBytes: tokensPerBlock * f.bytesPerToken, pace: pace, memory: memory, stderr: cmd.ErrOrStderr()}
+	if r.device, err = memory.open(c.GPU); err != nil {
+		return err
+	}
+	if r.device != nil {
+		defer func() { err = errors.Join(err, r.device.Close()) }()
+	}
 	if c.Directory.Address != "" {
 		err = a.withClient(cmd.Context(), source, cmd.ErrOrStderr(), func(cl *cluster, p *poolClient) error {
 			r.lanes = []*lane{r.lane(c, p, cl.directory, core.DialControl(c.TLS.Credentials()))}
 			return r.run(cmd.Context())
 		})
 	} else {
-		err = r.embedded(cmd.Context(), configs, f.nodes, uint64(poolSize))
+		err = r.embedded(cmd.Context(), configs, f.nodes, pool, uint64(poolSize))
 	}
 	if r.finished { // and what comes after went wrong, perhaps
 		err = errors.Join(a.reportReplay(cmd, r.lanes), err)
@@ -249,6 +274,8 @@ type replayer struct {
 	requests   []request
 	blockBytes int
 	pace       float64 // multiple of the trace's own; 0 waits for nothing
+	memory     place   // of the clients' values
+	device     *gpuDevice
 	stderr     io.Writer
 	lanes      []*lane
 	finished   bool // the lanes have results
@@ -261,8 +288,8 @@ type lane struct {
 	directory directory.Directory
 	dial      core.Dial
 
-	put, got  []byte // registered memory for the blocks of a request
-	want      []byte // what one block should be
+	put, got  *memory // registered, for the blocks of a request
+	want, had []byte  // what one block should be, and what it is
 	gets      []time.Duration
 	puts      []time.Duration
 	tokens    int
@@ -277,20 +304,21 @@ type lane struct {
 func (r *replayer) lane(c *config.Config, client *poolClient, dir directory.Directory, dial core.Dial) *lane {
 	return &lane{
 		replayer: r, client: client, directory: dir, dial: dial,
-		want: make([]byte, r.blockBytes), result: replayResult{Mode: c.Plugins.Mode},
+		want: make([]byte, r.blockBytes), had: make([]byte, r.blockBytes),
+		result: replayResult{Mode: c.Plugins.Mode, Memory: r.memory.String()},
 	}
 }
 
 // embedded runs the replay on nodes within the process, those of each configuration for themselves. Pages are as large
 // as blocks where these are a power of two, and the largest power of two that divides them otherwise.
-func (r *replayer) embedded(ctx context.Context, configs []*config.Config, nodes int, poolSize uint64) (err error) {
+func (r *replayer) embedded(ctx context.Context, configs []*config.Config, nodes int, pool place, poolSize uint64) (err error) {
 	page := uint64(r.blockBytes & -r.blockBytes)
 	perNode := poolSize / uint64(nodes) / page * page
 	if perNode < uint64(r.blockBytes) {
 		return &usageError{fmt.Errorf("--pool-size %s: too small for a block of %d bytes on each of %d nodes", backend.Size(poolSize), r.blockBytes, nodes)}
 	}
 	for _, c := range configs {
-		e, openErr := openEmbedded(ctx, c, nodes, perNode, page, newLogger(r.stderr, quieter(c)))
+		e, openErr := openEmbedded(ctx, c, nodes, pool, perNode, page, newLogger(r.stderr, quieter(c)))
 		if openErr != nil {
 			return openErr
 		}
@@ -339,21 +367,19 @@ func (l *lane) begin(ctx context.Context) (end func(context.Context) error, err 
 	for i := range l.requests {
 		most = max(most, len(l.requests[i].HashIDs))
 	}
-	var buffers []*core.Buffer
+	var opened []*memory
 	end = func(ctx context.Context) error {
 		var errs []error
-		for _, buf := range buffers {
-			errs = append(errs, buf.Close(ctx))
+		for _, m := range opened {
+			errs = append(errs, m.Close(ctx))
 		}
 		return errors.Join(errs...)
 	}
-	for _, memory := range []*[]byte{&l.put, &l.got} {
-		buf, err := l.client.Alloc(ctx, uint64(most*l.blockBytes))
-		if err != nil {
+	for _, m := range []**memory{&l.put, &l.got} {
+		if *m, err = openMemory(ctx, l.client.PoolClient, l.device, uint64(most*l.blockBytes)); err != nil {
 			return nil, errors.Join(err, end(ctx))
 		}
-		buffers = append(buffers, buf)
-		*memory = buf.Bytes()
+		opened = append(opened, *m)
 	}
 	if l.evicted, err = l.evictions(ctx); err != nil {
 		return nil, errors.Join(err, end(ctx))
@@ -372,6 +398,7 @@ func (l *lane) sum(ctx context.Context) error {
 	r := &l.result
 	r.Seconds = l.took.Seconds()
 	r.Requests = len(l.requests)
+	r.Simulated = simulatedDevices(l.client.engine)
 	r.Evictions = max(now, l.evicted) - l.evicted // a node that has left took its count along
 	r.HitRatio = float64(l.hitTokens) / float64(l.tokens)
 	r.GiBPut = float64(bytesOf(after, "put")-bytesOf(l.before, "put")) / (1 << 30)
@@ -464,7 +491,8 @@ func (l *lane) get(ctx context.Context, ids []uint64, keys []string) (held int, 
 	}
 	items := make([]core.Item, held)
 	for i := range items {
-		items[i] = core.Item{Key: keys[i], Value: l.block(l.got, i)}
+		items[i].Key = keys[i]
+		l.lay(l.got, &items[i], i)
 	}
 	results := l.client.BatchGet(ctx, items)
 	l.gets = append(l.gets, time.Since(start))
@@ -475,7 +503,10 @@ func (l *lane) get(ctx context.Context, ids []uint64, keys []string) (held int, 
 			continue
 		}
 		fillBlock(l.want, ids[i])
-		if got.Size != uint64(l.blockBytes) || !bytes.Equal(items[i].Value, l.want) {
+		if err := l.got.load(l.had, l.offset(i)); err != nil {
+			return 0, err
+		}
+		if got.Size != uint64(l.blockBytes) || !bytes.Equal(l.had, l.want) {
 			l.result.Mismatches++
 		}
 	}
@@ -488,8 +519,12 @@ func (l *lane) store(ctx context.Context, ids []uint64, keys []string) error {
 	}
 	items := make([]core.Item, len(ids))
 	for i, id := range ids {
-		items[i] = core.Item{Key: keys[i], Value: l.block(l.put, i)}
-		fillBlock(items[i].Value, id)
+		items[i].Key = keys[i]
+		l.lay(l.put, &items[i], i)
+		fillBlock(l.want, id)
+		if err := l.put.store(l.offset(i), l.want); err != nil {
+			return err
+		}
 	}
 	start := time.Now()
 	results := l.client.BatchPut(ctx, items)
@@ -500,9 +535,12 @@ func (l *lane) store(ctx context.Context, ids []uint64, keys []string) error {
 	return ctx.Err()
 }
 
-func (l *lane) block(memory []byte, i int) []byte {
-	return memory[i*l.blockBytes : (i+1)*l.blockBytes : (i+1)*l.blockBytes]
+// lay gives an item the i-th block of the memory.
+func (l *lane) lay(m *memory, item *core.Item, i int) {
+	m.lay(item, l.offset(i), uint64(l.blockBytes))
 }
+
+func (l *lane) offset(i int) uint64 { return uint64(i * l.blockBytes) }
 
 // count counts what did not go well. An Integrity error is a mismatch that the client has found itself.
 func (l *lane) count(result core.Result) {
@@ -570,6 +608,9 @@ func printReplay(w io.Writer, results []replayResult) error {
 			fmt.Sprintf("%.2f ms", r.GetP50), fmt.Sprintf("%.2f ms", r.GetP99), fmt.Sprintf("%.2f ms", r.PutP50), fmt.Sprintf("%.2f ms", r.PutP99),
 			strconv.Itoa(r.Busy), strconv.Itoa(r.Failed), strconv.Itoa(r.Mismatches), fmt.Sprintf("%.1f s", r.Seconds),
 		})
+	}
+	if slices.ContainsFunc(results, func(r replayResult) bool { return r.Simulated }) {
+		fmt.Fprintln(w, "simulated: the bytes went by simulated devices, and the times are those of no hardware")
 	}
 	return printTable(w, []string{"MODE", "REQUESTS", "HITS", "EVICTIONS", "PUT", "GOT", "GET P50", "GET P99", "PUT P50", "PUT P99", "BUSY", "FAILED", "MISMATCHES", "TIME"}, rows)
 }

@@ -32,12 +32,14 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/umbp/umbp/config"
+	"github.com/umbp/umbp/plugin-sdk/gpu/gpusim"
 	"github.com/umbp/umbp/plugin-sdk/null"
 	"github.com/umbp/umbp/plugin-sdk/serve"
 	"github.com/umbp/umbp/plugins/rdma"
 	"github.com/umbp/umbp/plugins/rdma/device"
 	"github.com/umbp/umbp/plugins/shm"
 	"github.com/umbp/umbp/plugins/tcp"
+	"github.com/umbp/umbp/plugins/xgmi"
 )
 
 // The scripts in testdata/script use umbp as a user does. The test binary acts as two programs for them:
@@ -46,12 +48,14 @@ import (
 //	node NAME ARG...    umbp serve on free ports, its log in NAME.log; to be run in the background as &NAME&
 //
 // and as the plugins that umbp is shipped with, of which rdma finds no devices, and as umbp-plugin-broken, which breaks
-// the contract.
+// the contract. $GPUS is the runtime of a simulated machine with three GPUs: each reaches the next one, and the first and
+// the last do not reach each other.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"umbp": main, "node": nodeMain,
 		"umbp-plugin-shm":  func() { serve.Main(shm.Factory) },
 		"umbp-plugin-tcp":  func() { serve.Main(tcp.Factory) },
+		"umbp-plugin-xgmi": func() { serve.Main(xgmi.Factory) },
 		"umbp-plugin-null": func() { serve.Main(null.Factory) },
 
 		"umbp-plugin-rdma": func() { serve.Main(rdma.Factory(noDevices{})) },
@@ -91,7 +95,7 @@ func TestScripts(t *testing.T) {
 	})
 	t.Run(config.AsProcess, func(t *testing.T) {
 		var files []string
-		for _, name := range []string{"cluster", "faults", "reload", "replay", "tls", "values"} {
+		for _, name := range []string{"cluster", "faults", "reload", "replay", "tls", "values", "xgmi", "xgmi-stall"} {
 			files = append(files, filepath.Join("testdata", "script", name+".txtar"))
 		}
 		runScripts(t, plugins, testscript.Params{Files: files}, "UMBP_PLUGINS__MODE="+config.AsProcess)
@@ -105,7 +109,7 @@ const quickExit = "GORACE=atexit_sleep_ms=0"
 func pluginFolder(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for _, name := range []string{"shm", "tcp", "null", "broken", "rdma"} {
+	for _, name := range []string{"shm", "tcp", "xgmi", "null", "broken", "rdma"} {
 		name = "umbp-plugin-" + name
 		program, err := exec.LookPath(name)
 		if err != nil {
@@ -122,7 +126,12 @@ func pluginFolder(t *testing.T) string {
 func runScripts(t *testing.T, plugins string, p testscript.Params, env ...string) {
 	p.RequireUniqueNames = true
 	p.Setup = func(e *testscript.Env) error {
-		e.Vars = append(e.Vars, append(env, quickExit, "UMBP_PLUGINS__DIR="+plugins)...)
+		gpus := gpusim.New(t, gpusim.Machine{
+			Devices: make([]gpusim.Device, 3),
+			Links:   []gpusim.Link{{From: 0, To: 1}, {From: 1, To: 0}, {From: 1, To: 2, PCIe: true}, {From: 2, To: 1, PCIe: true}},
+		})
+		e.Values[simulatedGPUs{}] = gpus
+		e.Vars = append(e.Vars, append(env, quickExit, "UMBP_PLUGINS__DIR="+plugins, "GPUS="+gpus.Library)...)
 		return nil
 	}
 	p.Cmds = map[string]func(*testscript.TestScript, bool, []string){
@@ -134,12 +143,27 @@ func runScripts(t *testing.T, plugins string, p testscript.Params, env ...string
 		"shape":  scriptShape,
 		"fetch":  scriptFetch,
 		"random": scriptRandom,
+		"expand": scriptExpand,
 		"gzip":   scriptGzip,
 		"certs":  scriptCerts,
 		"slay":   scriptSlay,
+		"stall":  scriptStall,
 		"gone":   scriptGone,
 	}
 	testscript.Run(t, p)
+}
+
+// simulatedGPUs is the key of a script's own.
+type simulatedGPUs struct{}
+
+// stall: lets no copy of the simulated GPUs come to its end; ! stall: lets them go on.
+func scriptStall(ts *testscript.TestScript, neg bool, _ []string) {
+	gpus := ts.Value(simulatedGPUs{}).(*gpusim.Sim)
+	if neg {
+		gpus.SetFaults()
+	} else {
+		gpus.SetFaults(gpusim.Fault{Effect: gpusim.Stall})
+	}
 }
 
 // patienceOfScripts is how long scripts wait for what must come. Nothing is asserted about time.
@@ -278,6 +302,14 @@ func scriptRandom(ts *testscript.TestScript, _ bool, args []string) {
 	_, err = source.Read(data)
 	ts.Check(err)
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), data, 0o600))
+}
+
+// expand FILE...: replaces $VARIABLE in files by its value.
+func scriptExpand(ts *testscript.TestScript, _ bool, args []string) {
+	for _, file := range args {
+		text := os.Expand(ts.ReadFile(file), ts.Getenv)
+		ts.Check(os.WriteFile(ts.MkAbs(file), []byte(text), 0o600))
+	}
 }
 
 // gzip FILE: makes FILE.gz.

@@ -83,6 +83,7 @@ type server struct {
 	control   *control.Server
 	directory directory.Directory
 	engine    *core.Engine
+	device    *gpuDevice // that the pool lies on; nil for the host
 	node      *core.Node
 	http      *http.Server
 	httpAt    net.Listener
@@ -146,7 +147,10 @@ func (s *server) openDirectory() error {
 
 func (s *server) openNode(ctx context.Context) error {
 	c := s.config
-	var err error
+	gpu, err := s.openGPU() // first, so that it is freed last
+	if err != nil {
+		return err
+	}
 	if s.engine, err = openEngine(ctx, c, processName(c, "node"), true, s.log); err != nil {
 		return err
 	}
@@ -162,8 +166,11 @@ func (s *server) openNode(ctx context.Context) error {
 	}
 	s.node, err = core.NewNode(ctx, s.engine, core.NodeOptions{
 		Directory: s.directory, Address: address, PoolSize: uint64(c.Pool.Size), PageSize: uint64(c.Pool.PageSize),
-		HugePages: region.HugePages(c.Pool.HugePages), Limits: limits(c), Progress: s.populating(), Log: s.log,
+		HugePages: region.HugePages(c.Pool.HugePages), GPU: gpu, Limits: limits(c), Progress: s.populating(), Log: s.log,
 	})
+	if s.device != nil {
+		err = needsGPUBackend(err)
+	}
 	if err != nil {
 		return err
 	}
@@ -180,6 +187,22 @@ func (s *server) openNode(ctx context.Context) error {
 	peer.Register(s.control, s.node)
 	admin.Register(s.control, s.engine)
 	return nil
+}
+
+// openGPU allocates the pool on a GPU, where the configuration wants it there.
+func (s *server) openGPU() (*backend.GPURange, error) {
+	device, err := poolPlace(s.config).open(s.config.GPU)
+	if device == nil {
+		return nil, err
+	}
+	s.onClose(device.Close)
+	at, free, err := device.alloc(uint64(s.config.Pool.Size))
+	if err != nil {
+		return nil, err
+	}
+	s.onClose(free)
+	s.device = device
+	return &at, nil
 }
 
 // populating logs how far the pool is populated, every two seconds.
@@ -285,7 +308,12 @@ func (s *server) ready() {
 		args = append(args, "directory", s.config.Directory.Address)
 	}
 	if s.node != nil {
-		args = append(args, "node", s.engine.Self(), "pool", s.config.Pool.Size, "page", s.config.Pool.PageSize, "huge_pages", s.node.HugePages())
+		args = append(args, "node", s.engine.Self(), "pool", s.config.Pool.Size, "page", s.config.Pool.PageSize)
+		if s.device != nil {
+			args = append(args, "memory", s.device)
+		} else {
+			args = append(args, "huge_pages", s.node.HugePages())
+		}
 	}
 	if s.httpAt != nil {
 		args = append(args, "http", s.httpAt.Addr())

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -11,6 +12,8 @@ import (
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/directory"
 	"github.com/umbp/umbp/core/peer"
+	"github.com/umbp/umbp/core/region"
+	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
 // nodeStatus is one row of umbp status.
@@ -19,6 +22,8 @@ type nodeStatus struct {
 	Incarnation      string  `json:"incarnation"`
 	Address          string  `json:"address"`
 	Host             string  `json:"host"`
+	Memory           string  `json:"memory,omitempty"` // of the pool: host or gpu
+	Device           string  `json:"device,omitempty"` // PCI address of the GPU
 	Reachable        bool    `json:"reachable"`
 	Error            string  `json:"error,omitempty"`
 	CapacityBytes    uint64  `json:"capacity_bytes"`
@@ -72,17 +77,29 @@ answer is listed until its membership runs out (directory.lease).`,
 					state = "unreachable: " + n.Error
 				}
 				rows = append(rows, []string{
-					n.Node, n.Address, humanSize(n.CapacityBytes), humanSize(n.FreeBytes), fmt.Sprint(n.Keys),
+					n.Node, n.Address, strings.TrimSpace(n.Memory + " " + n.Device), humanSize(n.CapacityBytes), humanSize(n.FreeBytes), fmt.Sprint(n.Keys),
 					fmt.Sprint(n.Evictions), fmt.Sprintf("%.2f", n.Fragmentation), state,
 				})
 			}
-			return printTable(cmd.OutOrStdout(), []string{"NODE", "ADDRESS", "POOL", "FREE", "KEYS", "EVICTED", "FRAGMENTATION", "STATE"}, rows)
+			return printTable(cmd.OutOrStdout(), []string{"NODE", "ADDRESS", "MEMORY", "POOL", "FREE", "KEYS", "EVICTED", "FRAGMENTATION", "STATE"}, rows)
 		},
 	}))
 }
 
 // answerTimeout bounds the wait for one node: what has not answered by then is told as unreachable.
 const answerTimeout = 3 * time.Second
+
+// poolOf returns the region that a node's pool is.
+func poolOf(ctx context.Context, node peer.Service) (region.Descriptor, error) {
+	d, err := node.Describe(ctx)
+	switch {
+	case err != nil:
+		return region.Descriptor{}, err
+	case len(d.Regions) == 0:
+		return region.Descriptor{}, backend.Errorf(backend.Internal, "the node describes no pool")
+	}
+	return d.Regions[0], nil
+}
 
 func askNode(ctx context.Context, dial core.Dial, n directory.Node) nodeStatus {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
@@ -91,18 +108,23 @@ func askNode(ctx context.Context, dial core.Dial, n directory.Node) nodeStatus {
 		Node: n.Peer.Node, Incarnation: fmt.Sprintf("%x", n.Peer.Incarnation), Address: n.Address, Host: n.Peer.Host,
 		CapacityBytes: n.Capacity, FreeBytes: n.Free,
 	}
+	var pool region.Descriptor
 	stats, err := func() (*peer.Stats, error) {
 		service, hangUp, err := dial(ctx, n)
 		if err != nil {
 			return nil, err
 		}
 		defer hangUp()
+		if pool, err = poolOf(ctx, service); err != nil {
+			return nil, err
+		}
 		return service.Stats(ctx)
 	}()
 	if err != nil {
 		s.Error = err.Error()
 		return s
 	}
+	s.Memory, s.Device = pool.Kind.String(), pool.Place
 	s.Reachable = true
 	s.FreeBytes, s.PageBytes = stats.FreePages*stats.PageSize, stats.PageSize
 	s.Keys, s.PendingSlots, s.Leases = stats.Keys, stats.PendingSlots, stats.Leases

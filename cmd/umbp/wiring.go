@@ -206,7 +206,23 @@ const closeTimeout = 5 * time.Second
 func (p *poolClient) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	return errors.Join(p.PoolClient.Close(ctx), p.engine.Close())
+	err := p.PoolClient.Close(ctx)
+	closed := make(chan error, 1)
+	go func() { closed <- p.engine.Close() }()
+	select {
+	case closing := <-closed:
+		return errors.Join(err, closing)
+	case <-ctx.Done():
+		// A device that stands still keeps its backend from closing. The end of this process, which comes next, ends both.
+		return errors.Join(err, fmt.Errorf("a backend has not closed within %s: its device may stand still", closeTimeout))
+	}
+}
+
+// closeBuffer closes the buffer of a command that is about to end.
+func closeBuffer(b *core.Buffer) error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	return b.Close(ctx)
 }
 
 // withClient runs f with a client of the cluster that the command's configuration names.

@@ -3,6 +3,7 @@
 package rules
 
 import (
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"go/ast"
@@ -17,7 +18,10 @@ import (
 	"testing"
 )
 
-const module = "github.com/umbp/umbp"
+const (
+	module = "github.com/umbp/umbp"
+	purego = "github.com/ebitengine/purego"
+)
 
 // pkg is what the rules need to know of a package.
 type pkg struct {
@@ -105,9 +109,9 @@ var rules = []rule{
 		under: "core",
 		forbid: func(i string) bool {
 			p, ok := own(i)
-			return ok && under(p, "plugins", "config", "cmd") || strings.HasPrefix(i, "github.com/knadh/koanf")
+			return ok && under(p, "plugins", "config", "cmd", "plugin-sdk/gpu", "plugin-sdk/samehost") || strings.HasPrefix(i, "github.com/knadh/koanf")
 		},
-		why: "the core knows neither plugins nor configuration files nor commands",
+		why: "the core knows neither plugins, nor what only they stand on, nor configuration files nor commands",
 	},
 	{
 		under:  "config",
@@ -159,6 +163,10 @@ func TestRulesBite(t *testing.T) {
 		{"plugins/tcp", module + "/plugins/tcp/wire", false},
 		{"core/plan", module + "/config", true},
 		{"core", module + "/plugins/tcp", true},
+		{"core/region", module + "/plugin-sdk/gpu", true},
+		{"core", module + "/plugin-sdk/samehost", true},
+		{"plugins/xgmi", module + "/plugin-sdk/gpu", false},
+		{"plugin-sdk/samehost", module + "/plugins/shm", true},
 		{"core/peer", "github.com/knadh/koanf/v2", true},
 		{"config", module + "/core", true},
 		{"cmd/umbp", module + "/plugins/tcp", false},
@@ -169,12 +177,15 @@ func TestRulesBite(t *testing.T) {
 	}
 }
 
-// TestFences checks where cgo and unsafe stand: cgo in one package, unsafe in files that say so by their name.
-// Generated code is left out.
+// TestFences checks where cgo, calls of C without it, and unsafe stand: either kind of C in one package, unsafe in files
+// that say so by their name. Generated code is left out.
 func TestFences(t *testing.T) {
 	for _, p := range list(t) {
 		if len(p.CgoFiles) > 0 && p.path() != "plugins/rdma/verbs" {
 			t.Errorf("%s uses cgo: only plugins/rdma/verbs may", p.ImportPath)
+		}
+		if slices.Contains(p.Imports, purego) && p.path() != "plugin-sdk/gpu" && p.path() != "plugin-sdk/gpu/gpusim" {
+			t.Errorf("%s calls C by purego: only plugin-sdk/gpu may", p.ImportPath)
 		}
 		for _, name := range slices.Concat(p.GoFiles, p.TestGoFiles, p.XTestGoFiles) {
 			file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(p.Dir, name), nil, parser.ImportsOnly|parser.ParseComments)
@@ -215,12 +226,36 @@ func TestPackageComments(t *testing.T) {
 	}
 }
 
-// TestBuildsWithoutCgo builds the host binary as it is shipped.
+// TestBuildsWithoutCgo builds the host binary as it is shipped, and as a static program.
 func TestBuildsWithoutCgo(t *testing.T) {
-	cmd := exec.Command("go", "build", "-o", filepath.Join(t.TempDir(), "umbp"), "./cmd/umbp")
-	cmd.Dir = filepath.Join("..", "..")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	for _, tags := range []string{"", "noxgmi"} {
+		program := filepath.Join(t.TempDir(), "umbp")
+		cmd := exec.Command("go", "build", "-tags", tags, "-o", program, "./cmd/umbp")
+		cmd.Dir = filepath.Join("..", "..")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		file, err := elf.Open(program)
+		if err != nil {
+			t.Fatal(err)
+		}
+		needs, err := file.ImportedLibraries()
+		if err := errors.Join(err, file.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if static := len(needs) == 0; static != (tags == "noxgmi") {
+			t.Errorf("with the tags %q, umbp needs the libraries %q", tags, needs)
+		}
+	}
+}
+
+// TestDynamicPrograms: a program with a package in it that looks for libraries at run time is not static any more. Only
+// those packages do that to a program whose business it is.
+func TestDynamicPrograms(t *testing.T) {
+	for _, p := range list(t) {
+		if slices.Contains(p.Deps, purego) && !under(p.path(), "plugin-sdk/gpu", "plugins/xgmi", "cmd/umbp") {
+			t.Errorf("%s makes programs dynamic, by %s", p.ImportPath, purego)
+		}
 	}
 }
