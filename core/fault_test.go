@@ -208,7 +208,8 @@ func TestEvictionUnderSlowReader(t *testing.T) {
 					refused(t, r, core.NoSpace, backend.Busy, "node-0 has no room")
 				}
 			}
-			is(t, core.Missing, other.Exists(t.Context(), "key")...)
+			// The directory hears of it a moment later.
+			waitUntil(t, func() bool { return other.Exists(t.Context(), "key")[0].Status == core.Missing })
 			if !deaf {
 				// The reader's client cancels the transfer when its time is up, which is now.
 				refused(t, receive(t, got), core.Failed, backend.Cancelled, "the node holds the memory no longer")

@@ -28,7 +28,7 @@ func newBench(b *testing.B) (backend.Session, *path, signal) {
 	done := make(signal, 1)
 	s, err := connect(b, a, target.self, target).Session(soon(b), 1, remote, done)
 	must(b, err)
-	return s, a.mover.path, done
+	return s, a.mover.path.Load(), done
 }
 
 // memcpy copies the segments with as many goroutines as the backend has, each an equal share.

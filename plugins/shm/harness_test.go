@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,14 +81,14 @@ func socketDir(t testing.TB) string {
 // spy is a mover that remembers the last path.
 type spy struct {
 	*mover
-	path *path
+	path atomic.Pointer[path]
 }
 
 // Join implements samehost.Mover.
 func (s *spy) Join(ctx context.Context, near, far samehost.Region, target samehost.Target) (samehost.Path, error) {
 	p, err := s.mover.Join(ctx, near, far, target)
 	if err == nil {
-		s.path = p.(*path)
+		s.path.Store(p.(*path))
 	}
 	return p, err
 }
