@@ -198,7 +198,7 @@ func TestInstalled(t *testing.T) {
 				if runtime == "hip" && required("gpu-runtime") {
 					t.Fatal("no HIP runtime is installed, and UMBP_TEST_REQUIRE has gpu-runtime")
 				}
-				t.Skip("not installed")
+				t.Skipf("no runtime of kind %s is installed", runtime)
 			}
 			if runtime == "hip" && strings.Contains(missing.Library, "libamdhip64.so.5.2") {
 				want(t, err, "HIP 5.2 found ("+missing.Library+"), no device (hipErrorNoDevice)")
