@@ -261,15 +261,20 @@ func (l *limit) run(ctx context.Context, rounds int, progress *pace) (row limitR
 	row.Limit = median(pairs, func(p *pair) float64 { return p.limit })
 	row.Ratio = median(pairs, func(p *pair) float64 { return p.umbp / p.limit })
 	row.Difference = median(pairs, func(p *pair) float64 { return p.umbp - p.limit })
+	row.Reached = l.reached(row.Ratio, row.Difference)
+	return row, nil
+}
+
+// reached tells whether the goal is met, at equality too.
+func (l *limit) reached(ratio, difference float64) bool {
 	switch {
 	case l.extra > 0:
-		row.Reached = row.Difference <= l.extra
+		return difference <= l.extra
 	case l.latency:
-		row.Reached = row.Ratio <= l.goal
+		return ratio <= l.goal
 	default:
-		row.Reached = row.Ratio >= l.goal
+		return ratio >= l.goal
 	}
-	return row, nil
 }
 
 func printLimit(w io.Writer, r *limitRow, first bool) {

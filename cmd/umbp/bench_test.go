@@ -323,6 +323,27 @@ func TestBenchFieldNames(t *testing.T) {
 	}
 }
 
+func TestLimitReached(t *testing.T) {
+	rate, latency, extra := limit{goal: 0.9}, limit{latency: true, goal: 1.5}, limit{latency: true, goal: 1.5, extra: 30}
+	for _, tc := range []struct {
+		l                 limit
+		ratio, difference float64
+		want              bool
+	}{
+		{rate, 0.9, -1, true},
+		{rate, 0.89, 1, false},
+		{latency, 1.5, 100, true},
+		{latency, 1.51, 1, false},
+		{extra, 9, 30, true},
+		{extra, 1, 30.5, false},
+		{extra, 0.9, -5, true}, // faster than what it is held against
+	} {
+		if got := tc.l.reached(tc.ratio, tc.difference); got != tc.want {
+			t.Errorf("%+v: reached(%g, %g) = %t", tc.l, tc.ratio, tc.difference, got)
+		}
+	}
+}
+
 // TestLimit measures small things against the opponents that need no other program.
 func TestLimit(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
