@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -545,7 +546,7 @@ func TestPartialAnswers(t *testing.T) {
 			t.Errorf("stat %d: %+v", i, r)
 		}
 	}
-	e, err := c.client.ExplainGet(t.Context(), keys, 0)
+	e, err := c.client.ExplainGet(t.Context(), keys, core.ExplainOptions{})
 	if err != nil || len(e.Left) != 20-6+1 {
 		t.Errorf("explained, but for %d of 21 keys: %v", len(e.Left), err)
 	}
@@ -569,7 +570,7 @@ func TestClosedClient(t *testing.T) {
 	) {
 		refused(t, r, core.Failed, backend.Cancelled, "the client is closed")
 	}
-	if _, err := c.client.ExplainGet(t.Context(), []string{"a"}, 0); backend.CodeOf(err) != backend.Cancelled {
+	if _, err := c.client.ExplainGet(t.Context(), []string{"a"}, core.ExplainOptions{}); backend.CodeOf(err) != backend.Cancelled {
 		t.Errorf("explain: %v", err)
 	}
 }
@@ -620,29 +621,31 @@ func TestContextDone(t *testing.T) {
 
 // TestContextEndsBetweenWaves: what has not begun does not begin.
 func TestContextEndsBetweenWaves(t *testing.T) {
-	for _, op := range []backend.Op{backend.Write, backend.Read} {
-		g := newGate(op, true)
-		c := newCluster(t, shape{client: core.ClientOptions{StagingSize: 8 << 10}, wrap: g.at("client")})
-		t.Cleanup(g.letThrough)
-		list := []core.Item{{Key: "a", Value: made(8<<10, 1)}, {Key: "b", Value: made(8<<10, 2)}}
-		call := c.client.BatchPut
-		if op == backend.Read {
-			is(t, core.Stored, c.client.BatchPut(t.Context(), list)...)
-			call = c.client.BatchGet
+	synctest.Test(t, func(t *testing.T) {
+		for _, op := range []backend.Op{backend.Write, backend.Read} {
+			g := newGate(op, true)
+			c := newCluster(t, shape{client: core.ClientOptions{StagingSize: 8 << 10}, wrap: g.at("client")})
+			t.Cleanup(g.letThrough)
+			list := []core.Item{{Key: "a", Value: made(8<<10, 1)}, {Key: "b", Value: made(8<<10, 2)}}
+			call := c.client.BatchPut
+			if op == backend.Read {
+				is(t, core.Stored, c.client.BatchPut(t.Context(), list)...)
+				call = c.client.BatchGet
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			results := make(chan []core.Result, 1)
+			go func() { results <- call(ctx, list) }()
+			receive(t, g.arrived)
+			cancel()
+			g.letThrough()
+			r := receive(t, results)
+			if !r[0].OK() {
+				t.Errorf("%v: the first value, which has moved: %+v", op, r[0])
+			}
+			refused(t, r[1], core.Failed, backend.Cancelled, `"b"`)
+			c.quiet()
 		}
-		ctx, cancel := context.WithCancel(t.Context())
-		results := make(chan []core.Result, 1)
-		go func() { results <- call(ctx, list) }()
-		receive(t, g.arrived)
-		cancel()
-		g.letThrough()
-		r := receive(t, results)
-		if !r[0].OK() {
-			t.Errorf("%v: the first value, which has moved: %+v", op, r[0])
-		}
-		refused(t, r[1], core.Failed, backend.Cancelled, `"b"`)
-		c.quiet()
-	}
+	})
 }
 
 // TestSecondPut: eight clients put other values under one key at the same time. One is stored, the others are told
@@ -728,12 +731,14 @@ func TestThousandClients(t *testing.T) {
 
 // TestTimeout: a context without a deadline gets the client's.
 func TestTimeout(t *testing.T) {
-	g := newGate(backend.Write, false)
-	c := newCluster(t, shape{client: verifyAll, wrap: g.at("client")})
-	t.Cleanup(g.letThrough)
-	tuning := c.shape.client.Tuning
-	tuning.Timeout = 20 * time.Millisecond
-	c.client.Tune(tuning)
-	refused(t, c.client.Put(context.Background(), "a", made(100, 1)), core.Failed, backend.Cancelled, "deadline exceeded")
-	c.quiet()
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(backend.Write, false)
+		c := newCluster(t, shape{client: verifyAll, wrap: g.at("client")})
+		t.Cleanup(g.letThrough)
+		tuning := c.shape.client.Tuning
+		tuning.Timeout = 20 * time.Millisecond
+		c.client.Tune(tuning)
+		refused(t, c.client.Put(context.Background(), "a", made(100, 1)), core.Failed, backend.Cancelled, "deadline exceeded")
+		c.quiet()
+	})
 }

@@ -1,6 +1,7 @@
 package core_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -23,6 +24,11 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// patience is how long a test waits for what must happen, and how long the parts of a cluster wait for each other where
+// the test is not about that: a machine may be so busy that a process stands still for seconds. A test that is about
+// time has a clock of its own, by synctest.
+const patience = time.Minute
+
 // cluster is a directory, nodes and a client in one process, over the reference backend.
 type cluster struct {
 	tb     testing.TB
@@ -34,12 +40,12 @@ type cluster struct {
 }
 
 type shape struct {
-	nodes    int    // default 1
-	poolSize uint64 // of each node; default 16 MiB
-	pageSize uint64 // default 4096
-	limits   peer.Limits
+	nodes    int         // default 1
+	poolSize uint64      // of each node; default 16 MiB
+	pageSize uint64      // default 4096
+	limits   peer.Limits // SlotTTL and LeaseTTL: default patience
 	client   core.ClientOptions
-	quiet    time.Duration // QuietTimeout of the engines; default 20 s
+	quiet    time.Duration // QuietTimeout of the engines; default patience
 	// embedded puts the client on the engine of the first node.
 	embedded bool
 	// backends are the networks that engines are on, in the order of preference; default one, named reference.
@@ -72,13 +78,13 @@ func newCluster(tb testing.TB, s shape) *cluster {
 	if s.pageSize == 0 {
 		s.pageSize = 4096
 	}
-	if s.quiet == 0 {
-		s.quiet = 20 * time.Second
-	}
+	s.limits.SlotTTL = cmp.Or(s.limits.SlotTTL, patience)
+	s.limits.LeaseTTL = cmp.Or(s.limits.LeaseTTL, patience)
+	s.quiet = cmp.Or(s.quiet, patience)
 	if s.backends == nil {
 		s.backends = []backend.Factory{network("reference")}
 	}
-	c := &cluster{tb: tb, shape: s, dir: directory.NewMemory(directory.Options{})}
+	c := &cluster{tb: tb, shape: s, dir: directory.NewMemory(directory.Options{TTL: patience})}
 	tb.Cleanup(func() { c.dir.Close() })
 	for i := range s.nodes {
 		c.addNode(fmt.Sprintf("node-%d", i))
@@ -133,7 +139,7 @@ func (c *cluster) newEngine(name string) *core.Engine {
 	}
 	engine, err := core.NewEngine(c.tb.Context(), core.EngineOptions{
 		Node: name, Backends: specs, Rules: []selector.Rule{{Require: names}},
-		ConnectTimeout: 2 * time.Second, QuietTimeout: c.shape.quiet,
+		ConnectTimeout: patience, QuietTimeout: c.shape.quiet,
 	})
 	if err != nil {
 		c.tb.Fatal(err)
@@ -149,6 +155,7 @@ func (c *cluster) newEngine(name string) *core.Engine {
 func (c *cluster) newClient(engine *core.Engine, opts core.ClientOptions) *core.PoolClient {
 	c.tb.Helper()
 	opts.Engine, opts.Directory = engine, c.dir
+	opts.Tuning.Timeout = cmp.Or(opts.Tuning.Timeout, patience)
 	if c.shape.directory != nil {
 		opts.Directory = c.shape.directory(c.dir)
 	}
@@ -213,9 +220,9 @@ func (c *cluster) quiet() {
 // waitUntil fails the test instead of letting it hang.
 func waitUntil(tb testing.TB, holds func() bool) {
 	tb.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			tb.Fatal("it does not come about in 20 seconds")
+			tb.Fatal("it does not come about")
 		}
 	}
 }
@@ -226,8 +233,8 @@ func receive[T any](tb testing.TB, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(20 * time.Second):
-		tb.Fatal("nothing came in 20 seconds")
+	case <-time.After(patience):
+		tb.Fatal("nothing came")
 		panic("unreachable")
 	}
 }

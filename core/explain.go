@@ -26,6 +26,16 @@ type Explanation struct {
 	Left []LeftKey `json:"left_out,omitempty"`
 }
 
+// ExplainOptions say what is explained, and how much of it is spelled out. The zero value explains a buffer in host memory,
+// in full.
+type ExplainOptions struct {
+	// Place is where the caller's buffer would lie: the PCI address of a GPU, as in backend.Link, or nothing for host
+	// memory.
+	Place string
+	// Limit bounds the groups, segments and keys that are spelled out; zero means all.
+	Limit int
+}
+
 // LeftKey is a key that would not move.
 type LeftKey struct {
 	Key    string `json:"key"`
@@ -49,23 +59,25 @@ func (e *Explanation) WriteText(w io.Writer) error {
 }
 
 // ExplainGet explains how the values of the keys would be read into one registered buffer, one after the other.
-// At most limit groups, segments and keys are spelled out; zero means all.
-func (c *PoolClient) ExplainGet(ctx context.Context, keys []string, limit int) (*Explanation, error) {
-	return c.explain(ctx, keys, nil, limit)
+func (c *PoolClient) ExplainGet(ctx context.Context, keys []string, opts ExplainOptions) (*Explanation, error) {
+	return c.explain(ctx, keys, nil, opts)
 }
 
 // ExplainPut explains how values of the sizes given would be written from one registered buffer, one after the
 // other.
-func (c *PoolClient) ExplainPut(ctx context.Context, keys []string, sizes []uint64, limit int) (*Explanation, error) {
+func (c *PoolClient) ExplainPut(ctx context.Context, keys []string, sizes []uint64, opts ExplainOptions) (*Explanation, error) {
 	if len(sizes) != len(keys) {
 		return nil, backend.Errorf(backend.BadRequest, "%d keys and %d sizes", len(keys), len(sizes))
 	}
-	return c.explain(ctx, keys, sizes, limit)
+	return c.explain(ctx, keys, sizes, opts)
 }
 
-func (c *PoolClient) explain(ctx context.Context, keys []string, sizes []uint64, limit int) (*Explanation, error) {
+func (c *PoolClient) explain(ctx context.Context, keys []string, sizes []uint64, opts ExplainOptions) (*Explanation, error) {
 	if len(keys) > peer.MaxKeys {
 		return nil, backend.Errorf(backend.BadRequest, "%d keys are more than the %d that can be explained at once", len(keys), peer.MaxKeys)
+	}
+	if !backend.ValidPlace(opts.Place) {
+		return nil, backend.Errorf(backend.BadRequest, "%.*q is no place of memory: write the PCI address of a GPU", backend.MaxPlace, opts.Place)
 	}
 	ctx, end, err := c.begin(ctx)
 	if err != nil {
@@ -82,17 +94,17 @@ func (c *PoolClient) explain(ctx context.Context, keys []string, sizes []uint64,
 	b.check("explain")
 	op := backend.Read
 	if sizes == nil {
-		b.explainPlaces(ctx)
+		b.explainPlaces(ctx, opts.Place)
 	} else {
 		op = backend.Write
-		if err := b.assumePlaces(ctx, sizes); err != nil {
+		if err := b.assumePlaces(ctx, sizes, opts.Place); err != nil {
 			return nil, err
 		}
 	}
 	e := &Explanation{Explanation: &plan.Explanation{Op: op.String(), Shown: []plan.ExplainedGroup{}}, Assumed: sizes != nil}
 	for _, p := range b.parts {
 		if len(p.runs) > 0 {
-			p.explain(e.Explanation, op, limit)
+			p.explain(e.Explanation, op, opts.Limit)
 		}
 	}
 	for i, r := range results {
@@ -128,9 +140,12 @@ func (p *part) explain(e *plan.Explanation, op backend.Op, limit int) {
 	e.MoreGroups = e.Groups - len(e.Shown)
 }
 
-// buffer stands for a registered buffer that every backend of the process can use.
-func (b *batch) buffer() *region.Region {
+// buffer stands for a buffer at a place, registered with every backend of the process.
+func (b *batch) buffer(at string) *region.Region {
 	r := &region.Region{Kind: backend.HostMemory, Keys: map[string][]byte{}}
+	if at != "" {
+		r.Kind, r.GPU = backend.GPUMemory, &backend.GPURange{Device: at}
+	}
 	for _, be := range b.client.engine.backends {
 		if be.Backend != nil {
 			r.Keys[be.Name] = nil
@@ -139,13 +154,13 @@ func (b *batch) buffer() *region.Region {
 	return r
 }
 
-// explainPlaces enters the runs of values that are in the pool.
-func (b *batch) explainPlaces(ctx context.Context) {
+// explainPlaces enters the runs of values that are in the pool, for a buffer at a place.
+func (b *batch) explainPlaces(ctx context.Context, at string) {
 	if !b.locateParts(ctx, "explain", b.todo) {
 		return
 	}
 	b.eachPart(func(p *part) { p.resolve(ctx, "explain") })
-	local, offset := b.buffer(), uint64(0)
+	local, offset := b.buffer(at), uint64(0)
 	for _, p := range b.parts {
 		b.failAll("explain", p.later, backend.Errorf(backend.Busy, "the node's answer had no room for it: explain fewer keys at once"))
 		if p.node == nil || p.err != nil {
@@ -167,8 +182,9 @@ func (b *batch) explainPlaces(ctx context.Context) {
 	}
 }
 
-// assumePlaces enters runs for values that are not in the pool, where the directory would place them.
-func (b *batch) assumePlaces(ctx context.Context, sizes []uint64) error {
+// assumePlaces enters runs for values that are not in the pool, where the directory would place them, for a buffer at a
+// place.
+func (b *batch) assumePlaces(ctx context.Context, sizes []uint64, at string) error {
 	b.wave = append(b.wave[:0], b.todo...)
 	if err := b.askPlaces(ctx, func(i uint32) uint64 { return sizes[i] }); err != nil {
 		return err
@@ -185,7 +201,7 @@ func (b *batch) assumePlaces(ctx context.Context, sizes []uint64) error {
 		}
 	}
 	b.eachPart(func(p *part) { p.ask(ctx, func(context.Context) error { return nil }) })
-	local, offset := b.buffer(), uint64(0)
+	local, offset := b.buffer(at), uint64(0)
 	for _, p := range b.parts {
 		if p.err != nil {
 			b.failAll("explain", p.items, p.err)
@@ -210,7 +226,12 @@ func (b *batch) assumePlaces(ctx context.Context, sizes []uint64) error {
 
 func (p *part) names() plan.Names {
 	return plan.Names{
-		Local: func(uint32) string { return "buffer" },
+		Local: func(n uint32) string {
+			if at := p.locals[n].Place(); at != "" {
+				return "buffer on GPU " + at
+			}
+			return "buffer"
+		},
 		Remote: func(n uint32) string {
 			return fmt.Sprintf("%s region %d", p.remotes[n].Peer.Node, p.remotes[n].ID)
 		},

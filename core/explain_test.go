@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -43,7 +44,7 @@ func TestExplainPut(t *testing.T) {
 	c := newCluster(t, shape{backends: twoNetworks(), client: core.ClientOptions{StagingSize: 1 << 20}})
 	is(t, core.Stored, c.client.Put(t.Context(), "there", made(100, 1)))
 	before := c.stats(0)
-	e, err := c.client.ExplainPut(t.Context(), []string{"a", "b", "there", "huge", "c", "c"}, []uint64{5000, 3, 1, 1 << 40, 1, 1}, 0)
+	e, err := c.client.ExplainPut(t.Context(), []string{"a", "b", "there", "huge", "c", "c"}, []uint64{5000, 3, 1, 1 << 40, 1, 1}, core.ExplainOptions{})
 	text, fields := explained(t, e, err)
 	same(t, `write of 5003B: 2 runs → 1 segment → 1 group
 
@@ -72,11 +73,12 @@ nothing was reserved: each node is taken to have one free run at the start of it
 }
 
 func TestExplainGet(t *testing.T) {
-	c := newCluster(t, shape{backends: twoNetworks(), client: core.ClientOptions{StagingSize: 1 << 20}})
-	is(t, core.Stored, c.client.BatchPut(t.Context(), []core.Item{{Key: "a", Value: made(4096, 1)}, {Key: "b", Value: made(5000, 2)}})...)
-	e, err := c.client.ExplainGet(t.Context(), []string{"a", "b", "absent", ""}, 0)
-	text, fields := explained(t, e, err)
-	same(t, `read of 9096B: 2 runs → 1 segment → 1 group
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, shape{backends: twoNetworks(), client: core.ClientOptions{StagingSize: 1 << 20}})
+		is(t, core.Stored, c.client.BatchPut(t.Context(), []core.Item{{Key: "a", Value: made(4096, 1)}, {Key: "b", Value: made(5000, 2)}})...)
+		e, err := c.client.ExplainGet(t.Context(), []string{"a", "b", "absent", ""}, core.ExplainOptions{})
+		text, fields := explained(t, e, err)
+		same(t, `read of 9096B: 2 runs → 1 segment → 1 group
 
 buffer ← node-0 region 1: 9096B in 1 segment
   by first: chosen: the first of the rule that can carry it (rule 1)
@@ -87,33 +89,34 @@ buffer ← node-0 region 1: 9096B in 1 segment
 
 "" does not move: explain "": bad request: item 3 has an empty key
 `, text)
-	if fields["assumed_places"] != false {
-		t.Errorf("%v", fields)
-	}
-	c.quiet() // the lease is given back
+		if fields["assumed_places"] != false {
+			t.Errorf("%v", fields)
+		}
+		c.quiet() // the lease is given back
 
-	// With the first backend down, the explanation says so.
-	c.engine.FailPath(0, c.nodes[0].Engine().Self(), errors.New("connection refused"))
-	e, err = c.client.ExplainGet(t.Context(), []string{"a"}, 0)
-	text, _ = explained(t, e, err)
-	same(t, `read of 4KiB: 1 run → 1 segment → 1 group
+		// With the first backend down, the explanation says so.
+		c.engine.FailPath(0, c.nodes[0].Engine().Self(), errors.New("connection refused"))
+		e, err = c.client.ExplainGet(t.Context(), []string{"a"}, core.ExplainOptions{})
+		text, _ = explained(t, e, err)
+		same(t, `read of 4KiB: 1 run → 1 segment → 1 group
 
 buffer ← node-0 region 1: 4KiB in 1 segment
   by second: chosen: the first of the rule that can carry it (rule 1)
   not by first: down: connection refused
   0 ← 0: 4KiB of a
 `, text)
+	})
 }
 
 func TestExplainRefuses(t *testing.T) {
 	c := newCluster(t, shape{})
-	if _, err := c.client.ExplainPut(t.Context(), []string{"a"}, nil, 0); backend.CodeOf(err) != backend.BadRequest {
+	if _, err := c.client.ExplainPut(t.Context(), []string{"a"}, nil, core.ExplainOptions{}); backend.CodeOf(err) != backend.BadRequest {
 		t.Errorf("no sizes: %v", err)
 	}
-	if _, err := c.client.ExplainGet(t.Context(), make([]string, 4097), 0); backend.CodeOf(err) != backend.BadRequest {
+	if _, err := c.client.ExplainGet(t.Context(), make([]string, 4097), core.ExplainOptions{}); backend.CodeOf(err) != backend.BadRequest {
 		t.Errorf("too many keys: %v", err)
 	}
-	e, err := c.client.ExplainGet(t.Context(), nil, 0)
+	e, err := c.client.ExplainGet(t.Context(), nil, core.ExplainOptions{})
 	if err != nil || e.Groups != 0 {
 		t.Errorf("nothing: %+v, %v", e, err)
 	}

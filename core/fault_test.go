@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/umbp/umbp/core"
@@ -64,29 +65,31 @@ func TestPutElsewhere(t *testing.T) {
 
 // TestNextBackend: what one backend does not carry goes by the next, and the result says so.
 func TestNextBackend(t *testing.T) {
-	for _, script := range []string{"complete:error(pathdown)", "establish:error(denied)", "session:error(unsupported)", "post:kill", "answer:error(pathdown)"} {
-		owner := "client"
-		if script == "answer:error(pathdown)" {
-			owner = "node-0"
-		}
-		c := newCluster(t, shape{client: verifyAll, backends: []backend.Factory{network("first"), network("second")},
-			wrap: faulty(owner, "first", parse(t, script))})
-		value, into := made(10_000, 1), make([]byte, 10_000)
-		for _, r := range []core.Result{c.client.Put(t.Context(), "key", value), c.client.Get(t.Context(), "key", into)} {
-			if !r.OK() || r.Path.Backend != "second" {
-				t.Errorf("%s: %+v", script, r)
+	synctest.Test(t, func(t *testing.T) {
+		for _, script := range []string{"complete:error(pathdown)", "establish:error(denied)", "session:error(unsupported)", "post:kill", "answer:error(pathdown)"} {
+			owner := "client"
+			if script == "answer:error(pathdown)" {
+				owner = "node-0"
+			}
+			c := newCluster(t, shape{client: verifyAll, backends: []backend.Factory{network("first"), network("second")},
+				wrap: faulty(owner, "first", parse(t, script))})
+			value, into := made(10_000, 1), make([]byte, 10_000)
+			for _, r := range []core.Result{c.client.Put(t.Context(), "key", value), c.client.Get(t.Context(), "key", into)} {
+				if !r.OK() || r.Path.Backend != "second" {
+					t.Errorf("%s: %+v", script, r)
+				}
+			}
+			if !bytes.Equal(value, into) {
+				t.Errorf("%s: other bytes came back", script)
+			}
+			if n := c.engine.Counters("second").Bytes.Load(); n != 20_000 {
+				t.Errorf("%s: the second backend has carried %d bytes", script, n)
+			}
+			if owner == "node-0" && len(c.engine.Outages()) != 1 {
+				t.Errorf("%s: outages %+v", script, c.engine.Outages())
 			}
 		}
-		if !bytes.Equal(value, into) {
-			t.Errorf("%s: other bytes came back", script)
-		}
-		if n := c.engine.Counters("second").Bytes.Load(); n != 20_000 {
-			t.Errorf("%s: the second backend has carried %d bytes", script, n)
-		}
-		if owner == "node-0" && len(c.engine.Outages()) != 1 {
-			t.Errorf("%s: outages %+v", script, c.engine.Outages())
-		}
-	}
+	})
 }
 
 // TestInDoubt: a write that ended in doubt is fenced before the value becomes visible, or before its pages are used
@@ -127,21 +130,23 @@ func TestInDoubt(t *testing.T) {
 
 // TestFenceFails: a value that cannot be made certain is not made visible.
 func TestFenceFails(t *testing.T) {
-	script := parse(t, "fence:1*error(pathdown)")
-	c := newCluster(t, shape{client: verifyAll, limits: peer.Limits{SlotTTL: 200 * time.Millisecond, Grace: time.Millisecond},
-		wrap: func(owner, _ string, b backend.Backend) backend.Backend {
-			if owner == "client" {
-				return fault.Wrap(b, parse(t, "complete:1*partial(0)"))
-			}
-			return fault.Wrap(b, script)
-		}})
-	refused(t, c.client.Put(t.Context(), "key", made(10_000, 1)), core.InDoubt, backend.PathDown, `commit "key"`, "could not be fenced")
-	is(t, core.Missing, c.client.Exists(t.Context(), "key")...)
-	c.quiet()
-	if s := c.stats(0); s.FreePages != s.Pages || s.FenceFailures != 1 {
-		t.Errorf("%+v", s)
-	}
-	is(t, core.Stored, c.client.Put(t.Context(), "key", made(10_000, 1)))
+	synctest.Test(t, func(t *testing.T) {
+		script := parse(t, "fence:1*error(pathdown)")
+		c := newCluster(t, shape{client: verifyAll, limits: peer.Limits{SlotTTL: 200 * time.Millisecond, Grace: time.Millisecond},
+			wrap: func(owner, _ string, b backend.Backend) backend.Backend {
+				if owner == "client" {
+					return fault.Wrap(b, parse(t, "complete:1*partial(0)"))
+				}
+				return fault.Wrap(b, script)
+			}})
+		refused(t, c.client.Put(t.Context(), "key", made(10_000, 1)), core.InDoubt, backend.PathDown, `commit "key"`, "could not be fenced")
+		is(t, core.Missing, c.client.Exists(t.Context(), "key")...)
+		c.quiet()
+		if s := c.stats(0); s.FreePages != s.Pages || s.FenceFailures != 1 {
+			t.Errorf("%+v", s)
+		}
+		is(t, core.Stored, c.client.Put(t.Context(), "key", made(10_000, 1)))
+	})
 }
 
 // TestCorruption: bytes that were damaged on the way are an error where they are verified.
@@ -187,87 +192,92 @@ func TestNoChecksum(t *testing.T) {
 // TestEvictionUnderSlowReader: a reader is so slow that its lease runs out, its value is evicted and the pages hold
 // another one's. It must not get those bytes for the value, whether its transfer can be cancelled or not.
 func TestEvictionUnderSlowReader(t *testing.T) {
-	for _, verify := range []core.Verify{core.VerifyOff, core.VerifyAll} {
-		for _, deaf := range []bool{false, true} {
-			g := newGate(backend.Read, deaf)
-			c := newCluster(t, shape{
-				poolSize: 4 * 4096, wrap: g.at("client"),
-				limits: peer.Limits{LeaseTTL: 30 * time.Millisecond, Grace: time.Millisecond},
-				client: core.ClientOptions{StagingSize: 1 << 20, Tuning: core.Tuning{Verify: verify}},
-			})
-			t.Cleanup(g.letThrough)
-			is(t, core.Stored, c.client.Put(t.Context(), "key", made(3*4096, 1)))
-			into := make([]byte, 3*4096)
-			got := make(chan core.Result, 1)
-			go func() { got <- c.client.Get(t.Context(), "key", into) }()
-			receive(t, g.arrived)
+	synctest.Test(t, func(t *testing.T) {
+		for _, verify := range []core.Verify{core.VerifyOff, core.VerifyAll} {
+			for _, deaf := range []bool{false, true} {
+				g := newGate(backend.Read, deaf)
+				c := newCluster(t, shape{
+					poolSize: 4 * 4096, wrap: g.at("client"),
+					limits: peer.Limits{LeaseTTL: 30 * time.Millisecond, Grace: time.Millisecond},
+					client: core.ClientOptions{StagingSize: 1 << 20, Tuning: core.Tuning{Verify: verify}},
+				})
+				t.Cleanup(g.letThrough)
+				is(t, core.Stored, c.client.Put(t.Context(), "key", made(3*4096, 1)))
+				into := make([]byte, 3*4096)
+				got := make(chan core.Result, 1)
+				go func() { got <- c.client.Get(t.Context(), "key", into) }()
+				receive(t, g.arrived)
 
-			other := c.newClient(c.newEngine("other"), c.shape.client)
-			for i := 0; c.stats(0).Evictions == 0; i++ { // not before the lease has run out
-				if r := other.Put(t.Context(), fmt.Sprint("other-", i), made(3*4096, uint64(100+i))); !r.OK() {
-					refused(t, r, core.NoSpace, backend.Busy, "node-0 has no room")
+				other := c.newClient(c.newEngine("other"), c.shape.client)
+				for i := 0; c.stats(0).Evictions == 0; i++ { // not before the lease has run out
+					if r := other.Put(t.Context(), fmt.Sprint("other-", i), made(3*4096, uint64(100+i))); !r.OK() {
+						refused(t, r, core.NoSpace, backend.Busy, "node-0 has no room")
+					}
+					time.Sleep(time.Millisecond) // by the clock of the test, which stands still while something is done
 				}
+				// The directory hears of it a moment later.
+				waitUntil(t, func() bool { return other.Exists(t.Context(), "key")[0].Status == core.Missing })
+				if !deaf {
+					// The reader's client cancels the transfer when its time is up, which is now.
+					refused(t, receive(t, got), core.Failed, backend.Cancelled, "the node holds the memory no longer")
+					continue
+				}
+				g.letThrough()
+				refused(t, receive(t, got), core.Failed, backend.Integrity, "the lease of 30ms ran out")
 			}
-			// The directory hears of it a moment later.
-			waitUntil(t, func() bool { return other.Exists(t.Context(), "key")[0].Status == core.Missing })
-			if !deaf {
-				// The reader's client cancels the transfer when its time is up, which is now.
-				refused(t, receive(t, got), core.Failed, backend.Cancelled, "the node holds the memory no longer")
-				continue
-			}
-			g.letThrough()
-			refused(t, receive(t, got), core.Failed, backend.Integrity, "the lease of 30ms ran out")
 		}
-	}
+	})
 }
 
 // TestSlowNodeAlone: a node whose bytes do not come in time fails its own values, and none of those of others.
 func TestSlowNodeAlone(t *testing.T) {
-	for _, op := range []backend.Op{backend.Read, backend.Write} {
-		for _, deaf := range []bool{false, true} {
-			g := newGate(op, deaf)
-			g.node = "node-0"
-			c := newCluster(t, shape{
-				nodes: 2, wrap: g.at("client"), client: verifyAll,
-				limits: peer.Limits{LeaseTTL: 50 * time.Millisecond, SlotTTL: 50 * time.Millisecond, Grace: time.Millisecond},
-			})
-			t.Cleanup(g.letThrough)
-			list := items(c.alloc(1<<20), slices.Repeat([]int{10_000}, 8), 1)
-			into := buffers(c.alloc(1<<20), list, 0)
-			call := func() []core.Result { return c.client.BatchPut(t.Context(), list) }
-			if op == backend.Read {
-				is(t, core.Stored, c.client.BatchPut(t.Context(), list)...)
-				call = func() []core.Result { return c.client.BatchGet(t.Context(), into) }
-			}
-			called := make(chan []core.Result, 1)
-			go func() { called <- call() }()
-			receive(t, g.arrived)
-			if deaf { // let the bytes come, but too late
-				if op == backend.Write {
-					waitUntil(t, func() bool { return c.stats(0).Expired > 0 })
-				} else {
-					waitUntil(t, func() bool { return c.stats(0).Leases == 0 })
+	synctest.Test(t, func(t *testing.T) {
+		for _, op := range []backend.Op{backend.Read, backend.Write} {
+			for _, deaf := range []bool{false, true} {
+				g := newGate(op, deaf)
+				g.node = "node-0"
+				c := newCluster(t, shape{
+					nodes: 2, wrap: g.at("client"), client: verifyAll,
+					limits: peer.Limits{LeaseTTL: 50 * time.Millisecond, SlotTTL: 50 * time.Millisecond, Grace: time.Millisecond},
+				})
+				t.Cleanup(g.letThrough)
+				list := items(c.alloc(1<<20), slices.Repeat([]int{10_000}, 8), 1)
+				into := buffers(c.alloc(1<<20), list, 0)
+				call := func() []core.Result { return c.client.BatchPut(t.Context(), list) }
+				if op == backend.Read {
+					is(t, core.Stored, c.client.BatchPut(t.Context(), list)...)
+					call = func() []core.Result { return c.client.BatchGet(t.Context(), into) }
 				}
-				g.letThrough()
-			}
-			good := 0
-			for i, r := range receive(t, called) {
-				switch {
-				case r.OK():
-					good++
-					if r.Path.Node != "node-1" || op == backend.Read && !bytes.Equal(into[i].Value, list[i].Value) {
+				called := make(chan []core.Result, 1)
+				go func() { called <- call() }()
+				receive(t, g.arrived)
+				if deaf { // let the bytes come, but too late
+					if op == backend.Write {
+						waitUntil(t, func() bool { return c.stats(0).Expired > 0 })
+					} else {
+						waitUntil(t, func() bool { return c.stats(0).Leases == 0 })
+					}
+					g.letThrough()
+				}
+				good := 0
+				for i, r := range receive(t, called) {
+					switch {
+					case r.OK():
+						good++
+						if r.Path.Node != "node-1" || op == backend.Read && !bytes.Equal(into[i].Value, list[i].Value) {
+							t.Errorf("%v %d: %+v", op, i, r)
+						}
+					case r.Path.Node != "node-0" || r.Status != core.Failed:
 						t.Errorf("%v %d: %+v", op, i, r)
 					}
-				case r.Path.Node != "node-0" || r.Status != core.Failed:
-					t.Errorf("%v %d: %+v", op, i, r)
 				}
+				if good != 4 {
+					t.Errorf("%v: %d of the 4 values of the other node", op, good)
+				}
+				c.quiet()
 			}
-			if good != 4 {
-				t.Errorf("%v: %d of the 4 values of the other node", op, good)
-			}
-			c.quiet()
 		}
-	}
+	})
 }
 
 // TestReaderHoldsItsValue: what a lease holds is neither evicted nor overwritten, even when it is removed and put
@@ -296,106 +306,114 @@ func TestReaderHoldsItsValue(t *testing.T) {
 
 // TestSlotExpires: a put that takes longer than its slots are held is given up in time, and leaves nothing behind.
 func TestSlotExpires(t *testing.T) {
-	for _, deaf := range []bool{false, true} {
-		g := newGate(backend.Write, deaf)
-		c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll,
-			limits: peer.Limits{SlotTTL: 30 * time.Millisecond, Grace: time.Millisecond}})
-		t.Cleanup(g.letThrough)
-		put := make(chan core.Result, 1)
-		go func() { put <- c.client.Put(t.Context(), "key", made(100, 1)) }()
-		receive(t, g.arrived)
-		if deaf { // the transfer ends, but too late
-			waitUntil(t, func() bool { return c.stats(0).Expired == 1 })
-			g.letThrough()
+	synctest.Test(t, func(t *testing.T) {
+		for _, deaf := range []bool{false, true} {
+			g := newGate(backend.Write, deaf)
+			c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll,
+				limits: peer.Limits{SlotTTL: 30 * time.Millisecond, Grace: time.Millisecond}})
+			t.Cleanup(g.letThrough)
+			put := make(chan core.Result, 1)
+			go func() { put <- c.client.Put(t.Context(), "key", made(100, 1)) }()
+			receive(t, g.arrived)
+			if deaf { // the transfer ends, but too late
+				waitUntil(t, func() bool { return c.stats(0).Expired == 1 })
+				g.letThrough()
+			}
+			r := receive(t, put)
+			if deaf {
+				refused(t, r, core.Failed, backend.Cancelled, "the slot had expired")
+			} else {
+				refused(t, r, core.Failed, backend.Cancelled, "the node holds the memory no longer")
+			}
+			is(t, core.Missing, c.client.Exists(t.Context(), "key")...)
+			c.quiet()
 		}
-		r := receive(t, put)
-		if deaf {
-			refused(t, r, core.Failed, backend.Cancelled, "the slot had expired")
-		} else {
-			refused(t, r, core.Failed, backend.Cancelled, "the node holds the memory no longer")
-		}
-		is(t, core.Missing, c.client.Exists(t.Context(), "key")...)
-		c.quiet()
-	}
+	})
 }
 
 // TestLateCompletion: the caller gives up while a transfer is in flight that cannot be cancelled. Until it has ended
 // the call does not return, the slot stays reserved and the staging memory is lent to nobody else.
 func TestLateCompletion(t *testing.T) {
-	const staging = 16 << 10
-	g := newGate(backend.Write, true)
-	c := newCluster(t, shape{wrap: g.at("client"), client: core.ClientOptions{StagingSize: staging}})
-	t.Cleanup(g.letThrough)
-	ctx, cancel := context.WithCancel(t.Context())
-	put := make(chan core.Result, 1)
-	value := made(staging, 1)
-	go func() { put <- c.client.Put(ctx, "key", value) }()
-	receive(t, g.arrived)
-	cancel()
-	short, stop := context.WithTimeout(t.Context(), 30*time.Millisecond)
-	defer stop()
-	refused(t, c.client.Put(short, "second", made(staging, 2)), core.Failed, backend.Cancelled, "no room for 16KiB in staging memory")
-	if s := c.stats(0); s.PendingSlots != 1 {
-		t.Errorf("%d slots are pending while the transfer is in flight", s.PendingSlots)
-	}
-	select {
-	case r := <-put:
-		t.Fatalf("the put returns while its transfer is in flight: %+v", r)
-	default:
-	}
-	g.letThrough()
-	is(t, core.Stored, receive(t, put)) // it was done after all, and is committed
-	into := make([]byte, staging)
-	is(t, core.Found, c.client.Get(t.Context(), "key", into))
-	if !bytes.Equal(into, value) {
-		t.Error("other bytes came back")
-	}
-	is(t, core.Stored, c.client.Put(t.Context(), "second", made(staging, 2)))
-	c.quiet()
+	synctest.Test(t, func(t *testing.T) {
+		const staging = 16 << 10
+		g := newGate(backend.Write, true)
+		c := newCluster(t, shape{wrap: g.at("client"), client: core.ClientOptions{StagingSize: staging}})
+		t.Cleanup(g.letThrough)
+		ctx, cancel := context.WithCancel(t.Context())
+		put := make(chan core.Result, 1)
+		value := made(staging, 1)
+		go func() { put <- c.client.Put(ctx, "key", value) }()
+		receive(t, g.arrived)
+		cancel()
+		short, stop := context.WithTimeout(t.Context(), 30*time.Millisecond)
+		defer stop()
+		refused(t, c.client.Put(short, "second", made(staging, 2)), core.Failed, backend.Cancelled, "no room for 16KiB in staging memory")
+		if s := c.stats(0); s.PendingSlots != 1 {
+			t.Errorf("%d slots are pending while the transfer is in flight", s.PendingSlots)
+		}
+		select {
+		case r := <-put:
+			t.Fatalf("the put returns while its transfer is in flight: %+v", r)
+		default:
+		}
+		g.letThrough()
+		is(t, core.Stored, receive(t, put)) // it was done after all, and is committed
+		into := make([]byte, staging)
+		is(t, core.Found, c.client.Get(t.Context(), "key", into))
+		if !bytes.Equal(into, value) {
+			t.Error("other bytes came back")
+		}
+		is(t, core.Stored, c.client.Put(t.Context(), "second", made(staging, 2)))
+		c.quiet()
+	})
 }
 
 // TestCancelledPut: a transfer that is cancelled in flight leaves no slot behind.
 func TestCancelledPut(t *testing.T) {
-	for _, op := range []backend.Op{backend.Write, backend.Read} {
-		g := newGate(op, false)
-		c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll})
-		t.Cleanup(g.letThrough)
-		value := made(100, 1)
-		call := c.client.Put
-		if op == backend.Read {
-			is(t, core.Stored, c.client.Put(t.Context(), "key", value))
-			call = c.client.Get
+	synctest.Test(t, func(t *testing.T) {
+		for _, op := range []backend.Op{backend.Write, backend.Read} {
+			g := newGate(op, false)
+			c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll})
+			t.Cleanup(g.letThrough)
+			value := made(100, 1)
+			call := c.client.Put
+			if op == backend.Read {
+				is(t, core.Stored, c.client.Put(t.Context(), "key", value))
+				call = c.client.Get
+			}
+			why := errors.New("no more interest")
+			ctx, cancel := context.WithCancelCause(t.Context())
+			result := make(chan core.Result, 1)
+			go func() { result <- call(ctx, "key", value) }()
+			receive(t, g.arrived)
+			cancel(why)
+			refused(t, receive(t, result), core.Failed, backend.Cancelled, why.Error())
+			c.quiet()
+			if free := c.stats(0).FreePages; op == backend.Write && free != c.stats(0).Pages {
+				t.Errorf("%d of %d pages are free", free, c.stats(0).Pages)
+			}
 		}
-		why := errors.New("no more interest")
-		ctx, cancel := context.WithCancelCause(t.Context())
-		result := make(chan core.Result, 1)
-		go func() { result <- call(ctx, "key", value) }()
-		receive(t, g.arrived)
-		cancel(why)
-		refused(t, receive(t, result), core.Failed, backend.Cancelled, why.Error())
-		c.quiet()
-		if free := c.stats(0).FreePages; op == backend.Write && free != c.stats(0).Pages {
-			t.Errorf("%d of %d pages are free", free, c.stats(0).Pages)
-		}
-	}
+	})
 }
 
 // TestNotQuiet: a backend does not end a transfer that was cancelled. The caller is told that its memory is in
 // doubt, and the client goes on with other memory.
 func TestNotQuiet(t *testing.T) {
-	g := newGate(backend.Write, true)
-	c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll, quiet: time.Millisecond})
-	t.Cleanup(g.letThrough)
-	ctx, cancel := context.WithCancel(t.Context())
-	put := make(chan []core.Result, 1)
-	list := []core.Item{{Key: "a", Value: made(100, 1)}, {Key: "b", Value: made(4<<20, 2)}} // two waves
-	go func() { put <- c.client.BatchPut(ctx, list) }()
-	receive(t, g.arrived)
-	cancel()
-	results := receive(t, put)
-	refused(t, results[0], core.InDoubt, backend.Internal, `put "a"`, "did not become quiet")
-	refused(t, results[1], core.Failed, backend.Internal, "given up")
-	waitUntil(t, func() bool { return c.stats(0).PendingSlots == 0 })
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(backend.Write, true)
+		c := newCluster(t, shape{wrap: g.at("client"), client: verifyAll, quiet: time.Millisecond})
+		t.Cleanup(g.letThrough)
+		ctx, cancel := context.WithCancel(t.Context())
+		put := make(chan []core.Result, 1)
+		list := []core.Item{{Key: "a", Value: made(100, 1)}, {Key: "b", Value: made(4<<20, 2)}} // two waves
+		go func() { put <- c.client.BatchPut(ctx, list) }()
+		receive(t, g.arrived)
+		cancel()
+		results := receive(t, put)
+		refused(t, results[0], core.InDoubt, backend.Internal, `put "a"`, "did not become quiet")
+		refused(t, results[1], core.Failed, backend.Internal, "given up")
+		waitUntil(t, func() bool { return c.stats(0).PendingSlots == 0 })
+	})
 }
 
 // TestNodeCloses: a node leaves in the middle of a put and of a get.
@@ -528,7 +546,7 @@ func TestDirectoryFails(t *testing.T) {
 		) {
 			refused(t, r, status, code, "the directory does not answer")
 		}
-		if _, err := c.client.ExplainPut(t.Context(), []string{"a"}, []uint64{1}, 0); backend.CodeOf(err) != code {
+		if _, err := c.client.ExplainPut(t.Context(), []string{"a"}, []uint64{1}, core.ExplainOptions{}); backend.CodeOf(err) != code {
 			t.Errorf("explain put: %v", err)
 		}
 	}
@@ -594,7 +612,7 @@ func TestLeaseByTheNodesWord(t *testing.T) {
 		code  backend.Code
 		words string
 	}{
-		{func(r *peer.ReleaseReply) error { r.Held = false; return nil }, backend.Integrity, "the lease of 10s ran out"},
+		{func(r *peer.ReleaseReply) error { r.Held = false; return nil }, backend.Integrity, "ran out before the last byte had come"},
 		{func(*peer.ReleaseReply) error { return backend.Errorf(backend.PathDown, "no answer") }, backend.PathDown, "no answer"},
 	} {
 		change.set(func(reply any) error {

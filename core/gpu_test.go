@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
@@ -370,14 +371,14 @@ func TestGPULease(t *testing.T) {
 		}
 		return nil
 	})
-	refused(t, c.client.BatchGet(t.Context(), into)[0], core.Failed, backend.Integrity, "the lease of 10s ran out")
+	refused(t, c.client.BatchGet(t.Context(), into)[0], core.Failed, backend.Integrity, "ran out before the last byte had come")
 	change.set(func(reply any) error {
 		if r, ok := reply.(*peer.ResolveReply); ok {
 			r.Lease = 0
 		}
 		return nil
 	})
-	refused(t, c.client.BatchGet(t.Context(), into)[0], core.Failed, backend.Integrity, "the lease of 10s ran out")
+	refused(t, c.client.BatchGet(t.Context(), into)[0], core.Failed, backend.Integrity, "ran out before the last byte had come")
 	is(t, core.Found, c.client.Get(t.Context(), "summed", make([]byte, 100)))
 }
 
@@ -516,43 +517,45 @@ func TestOutOfReachIsNotAsked(t *testing.T) {
 // TestSelfTestFails: a backend that refuses two regions is passed over for the next of the policy, and not asked again for
 // every batch.
 func TestSelfTestFails(t *testing.T) {
-	g := &gpus{}
-	sessions := new(atomic.Int64)
-	c := newCluster(t, shape{backends: []backend.Factory{network("xgmi"), network("slow")},
-		wrap: func(_, name string, b backend.Backend) backend.Backend {
-			m := mover{Backend: b, gpus: g, links: links}
-			if name == "xgmi" {
-				m.refuse = func(remote backend.Remote) error {
-					sessions.Add(1)
-					return backend.Errorf(backend.Unsupported, "the self-test failed from %s to %s", gpu1, remote.Place)
+	synctest.Test(t, func(t *testing.T) {
+		g := &gpus{}
+		sessions := new(atomic.Int64)
+		c := newCluster(t, shape{backends: []backend.Factory{network("xgmi"), network("slow")},
+			wrap: func(_, name string, b backend.Backend) backend.Backend {
+				m := mover{Backend: b, gpus: g, links: links}
+				if name == "xgmi" {
+					m.refuse = func(remote backend.Remote) error {
+						sessions.Add(1)
+						return backend.Errorf(backend.Unsupported, "the self-test failed from %s to %s", gpu1, remote.Place)
+					}
 				}
+				return m
+			}, pool: onGPU(t, g, 16<<20, map[string]string{"node-0": gpu2})})
+		buf, memory := c.gpuBuffer(g, gpu1, 1<<20)
+		fill(memory, 4)
+		for i := range uint64(20) {
+			r := c.client.BatchPut(t.Context(), []core.Item{{Key: fmt.Sprint(i), At: buf.At(0, 1000)}})[0]
+			want := 1
+			if i == 0 {
+				want = 2
 			}
-			return m
-		}, pool: onGPU(t, g, 16<<20, map[string]string{"node-0": gpu2})})
-	buf, memory := c.gpuBuffer(g, gpu1, 1<<20)
-	fill(memory, 4)
-	for i := range uint64(20) {
-		r := c.client.BatchPut(t.Context(), []core.Item{{Key: fmt.Sprint(i), At: buf.At(0, 1000)}})[0]
-		want := 1
-		if i == 0 {
-			want = 2
+			if r.Status != core.Stored || r.Path.Backend != "slow" || r.Path.Attempts != want {
+				t.Errorf("put %d: %+v", i, r)
+			}
 		}
-		if r.Status != core.Stored || r.Path.Backend != "slow" || r.Path.Attempts != want {
-			t.Errorf("put %d: %+v", i, r)
+		if n := sessions.Load(); n != 1 {
+			t.Errorf("the backend that refuses was asked %d times", n)
 		}
-	}
-	if n := sessions.Load(); n > 2 { // the pause may have passed once
-		t.Errorf("the backend that refuses was asked %d times", n)
-	}
 
-	// Where the policy allows no other, the reason comes out, at once and again.
-	if err := c.engine.SetRules([]selector.Rule{{Require: []string{"xgmi"}}}); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		refused(t, c.client.BatchPut(t.Context(), []core.Item{{Key: "new", At: buf.At(0, 1000)}})[0], core.Failed, backend.Unsupported,
-			"xgmi: refused", "the self-test failed from "+gpu1+" to "+gpu2)
-	}
+		// Where the policy allows no other, the reason comes out, at once and again.
+		if err := c.engine.SetRules([]selector.Rule{{Require: []string{"xgmi"}}}); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			refused(t, c.client.BatchPut(t.Context(), []core.Item{{Key: "new", At: buf.At(0, 1000)}})[0], core.Failed, backend.Unsupported,
+				"xgmi: refused", "the self-test failed from "+gpu1+" to "+gpu2)
+		}
+	})
 }
 
 // TestGPUSession moves bytes between regions of GPUs by offsets, and knows how large they are.
@@ -608,7 +611,7 @@ func TestExplainGPUPool(t *testing.T) {
 	some := []backend.Link{{Far: gpu1, Text: "PCIe"}}
 	c := newCluster(t, shape{backends: []backend.Factory{network("xgmi"), network("tcp")}, client: verifyAll,
 		wrap: moving("xgmi", g, some), pool: onGPU(t, g, 16<<20, map[string]string{"node-0": gpu1})})
-	e, err := c.client.ExplainPut(t.Context(), []string{"a"}, []uint64{5000}, 0)
+	e, err := c.client.ExplainPut(t.Context(), []string{"a"}, []uint64{5000}, core.ExplainOptions{})
 	text, _ := explained(t, e, err)
 	for _, want := range []string{
 		"by xgmi: chosen: the first of the rule that can carry it (PCIe) (rule 1)", "not by tcp: cannot reach memory of kind gpu",
@@ -616,5 +619,18 @@ func TestExplainGPUPool(t *testing.T) {
 		if !strings.Contains(text, want) {
 			t.Errorf("%s\ndoes not say %q", text, want)
 		}
+	}
+	e, err = c.client.ExplainPut(t.Context(), []string{"a"}, []uint64{5000}, core.ExplainOptions{Place: gpu2})
+	text, _ = explained(t, e, err)
+	for _, want := range []string{
+		"buffer on GPU " + gpu2 + " → node-0", "not by xgmi: no link from GPU " + gpu2 + " to GPU " + gpu1, "not by tcp: cannot use local memory of kind gpu",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%s\ndoes not say %q", text, want)
+		}
+	}
+	_, err = c.client.ExplainGet(t.Context(), []string{"a"}, core.ExplainOptions{Place: "the first"})
+	if backend.CodeOf(err) != backend.BadRequest || !strings.Contains(err.Error(), `"the first" is no place`) {
+		t.Errorf("for no place: %v", err)
 	}
 }

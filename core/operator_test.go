@@ -6,7 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
+	"testing/synctest"
 
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/peer"
@@ -212,71 +212,76 @@ func TestYoungerKeyStays(t *testing.T) {
 
 // TestSetBackendEnabled: the operator disables a backend at the client, and then at the node.
 func TestSetBackendEnabled(t *testing.T) {
-	c := newCluster(t, shape{client: verifyAll, backends: []backend.Factory{network("first"), network("second")}})
-	way := func(client *core.PoolClient, want string) {
-		t.Helper()
-		key := fmt.Sprint(time.Now().UnixNano())
-		if r := client.Put(t.Context(), key, made(100, 1)); r.Status != core.Stored || r.Path.Backend != want {
-			t.Fatalf("%+v, %v; want it over %s", r, r.Err, want)
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, shape{client: verifyAll, backends: []backend.Factory{network("first"), network("second")}})
+		keys := 0
+		way := func(client *core.PoolClient, want string) {
+			t.Helper()
+			keys++
+			key := fmt.Sprint("key-", keys)
+			if r := client.Put(t.Context(), key, made(100, 1)); r.Status != core.Stored || r.Path.Backend != want {
+				t.Fatalf("%+v, %v; want it over %s", r, r.Err, want)
+			}
+			if r := client.Get(t.Context(), key, make([]byte, 100)); r.Status != core.Found || r.Path.Backend != want {
+				t.Fatalf("%+v, %v; want it over %s", r, r.Err, want)
+			}
 		}
-		if r := client.Get(t.Context(), key, make([]byte, 100)); r.Status != core.Found || r.Path.Backend != want {
-			t.Fatalf("%+v, %v; want it over %s", r, r.Err, want)
+		set := func(e *core.Engine, name string, enabled bool) {
+			t.Helper()
+			if err := e.SetBackendEnabled(t.Context(), name, enabled); err != nil {
+				t.Fatal(err)
+			}
 		}
-	}
-	set := func(e *core.Engine, name string, enabled bool) {
-		t.Helper()
-		if err := e.SetBackendEnabled(t.Context(), name, enabled); err != nil {
+		way(c.client, "first")
+		set(c.engine, "first", false)
+		if n := c.engine.Counters("first").Endpoints.Load(); n != 0 {
+			t.Errorf("%d endpoints are left", n)
+		}
+		way(c.client, "second")
+		explained, err := c.client.ExplainPut(t.Context(), []string{"k"}, []uint64{100}, core.ExplainOptions{})
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	way(c.client, "first")
-	set(c.engine, "first", false)
-	if n := c.engine.Counters("first").Endpoints.Load(); n != 0 {
-		t.Errorf("%d endpoints are left", n)
-	}
-	way(c.client, "second")
-	explained, err := c.client.ExplainPut(t.Context(), []string{"k"}, []uint64{100}, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if r := explained.Shown[0].Rejected; len(r) != 1 || r[0].Backend != "first" || r[0].Reason != "disabled by the operator" {
-		t.Errorf("the reasons are %+v", r)
-	}
-	set(c.engine, "second", false)
-	r := c.client.Put(t.Context(), "nowhere", made(100, 1))
-	refused(t, r, core.Failed, backend.Unsupported, "first: disabled by the operator", "second: disabled by the operator")
-	set(c.engine, "second", true)
-	set(c.engine, "first", true)
-	way(c.client, "first")
-
-	// At the node: who is connected stays so, who comes takes another way, and comes back when the backend does.
-	node := c.nodes[0].Engine()
-	set(node, "first", false)
-	way(c.client, "first")
-	newcomer := c.newClient(c.newEngine("newcomer"), verifyAll)
-	way(newcomer, "second")
-	set(node, "first", true)
-	waitUntil(t, func() bool { // the outage that the newcomer has noted has an end
-		return newcomer.Put(t.Context(), fmt.Sprint(time.Now().UnixNano()), made(100, 1)).Path.Backend == "first"
-	})
-
-	states := node.BackendStates()
-	if len(states) != 2 || states[0].Name != "first" || states[0].Info == nil || states[0].Disabled || states[0].Reason != "" || states[0].Process != nil {
-		t.Errorf("states %+v", states)
-	}
-	set(node, "second", false)
-	if s := node.BackendStates(); s[0].Disabled || !s[1].Disabled {
-		t.Errorf("states %+v", s)
-	}
-	for call, err := range map[string]error{
-		`no backend "frist", did you mean "first"?`: node.SetBackendEnabled(t.Context(), "frist", false),
-		`no backend "third"`:                        node.RestartBackend(t.Context(), "third"),
-		`linked into this node`:                     node.RestartBackend(t.Context(), "first"),
-	} {
-		if backend.CodeOf(err) != backend.BadRequest || !strings.Contains(err.Error(), call) {
-			t.Errorf("got %v, want %s", err, call)
+		if r := explained.Shown[0].Rejected; len(r) != 1 || r[0].Backend != "first" || r[0].Reason != "disabled by the operator" {
+			t.Errorf("the reasons are %+v", r)
 		}
-	}
+		set(c.engine, "second", false)
+		r := c.client.Put(t.Context(), "nowhere", made(100, 1))
+		refused(t, r, core.Failed, backend.Unsupported, "first: disabled by the operator", "second: disabled by the operator")
+		set(c.engine, "second", true)
+		set(c.engine, "first", true)
+		way(c.client, "first")
+
+		// At the node: who is connected stays so, who comes takes another way, and comes back when the backend does.
+		node := c.nodes[0].Engine()
+		set(node, "first", false)
+		way(c.client, "first")
+		newcomer := c.newClient(c.newEngine("newcomer"), verifyAll)
+		way(newcomer, "second")
+		set(node, "first", true)
+		waitUntil(t, func() bool { // the outage that the newcomer has noted has an end
+			keys++
+			return newcomer.Put(t.Context(), fmt.Sprint("key-", keys), made(100, 1)).Path.Backend == "first"
+		})
+
+		states := node.BackendStates()
+		if len(states) != 2 || states[0].Name != "first" || states[0].Info == nil || states[0].Disabled || states[0].Reason != "" || states[0].Process != nil {
+			t.Errorf("states %+v", states)
+		}
+		set(node, "second", false)
+		if s := node.BackendStates(); s[0].Disabled || !s[1].Disabled {
+			t.Errorf("states %+v", s)
+		}
+		for call, err := range map[string]error{
+			`no backend "frist", did you mean "first"?`: node.SetBackendEnabled(t.Context(), "frist", false),
+			`no backend "third"`:                        node.RestartBackend(t.Context(), "third"),
+			`linked into this node`:                     node.RestartBackend(t.Context(), "first"),
+		} {
+			if backend.CodeOf(err) != backend.BadRequest || !strings.Contains(err.Error(), call) {
+				t.Errorf("got %v, want %s", err, call)
+			}
+		}
+	})
 }
 
 // TestRestartOfWhatIsNotThere: a backend that was not to be had when the engine was made.

@@ -307,7 +307,7 @@ func (p *patterns) try(ctx context.Context, row *patternRow) {
 
 // obstacle says why the backend cannot carry to the node, or nothing.
 func (p *patterns) obstacle(ctx context.Context, name string) (string, error) {
-	e, err := p.client.ExplainPut(ctx, []string{p.prefix}, []uint64{1}, 0)
+	e, err := p.client.ExplainPut(ctx, []string{p.prefix}, []uint64{1}, core.ExplainOptions{})
 	if err != nil {
 		return "", err
 	}

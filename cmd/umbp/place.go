@@ -61,6 +61,15 @@ func (p place) open(c config.GPU) (*gpuDevice, error) {
 	return openGPU(c, p.device)
 }
 
+// find returns the PCI address of the GPU that a place is on, or nothing for the host.
+func (p place) find(c config.GPU) (pci string, err error) {
+	device, err := p.open(c)
+	if err != nil || device == nil {
+		return "", err
+	}
+	return device.pci, device.Close()
+}
+
 // needsGPUBackend says what to do about an error of registering a GPU's memory, where no backend takes it.
 func needsGPUBackend(err error) error {
 	if errors.Is(err, backend.ErrUnsupported) {
