@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
 	"github.com/umbp/umbp/plugin-sdk/fault"
@@ -50,7 +51,7 @@ func TestCalls(t *testing.T) {
 		"register": {2, 0}, "deregister": {1, 0}, "offer": {1, 0}, "answer": {1, 1}, "establish": {1, 0}, "session": {1, 0}, "fence": {1, 1},
 	}
 	for _, c := range b.Calls() {
-		if (count{c.Count, c.Errors}) != want[c.Op] || c.Time <= 0 {
+		if (count{c.Count, c.Errors}) != want[c.Op] || c.Time < 0 || c.Op == "fence" && c.Time < refusalTime {
 			t.Errorf("%+v, want %+v", c, want[c.Op])
 		}
 		delete(want, c.Op)
@@ -89,10 +90,16 @@ func TestCountersLinked(t *testing.T) {
 	}
 }
 
+// refusalTime is how long refusing takes at least.
+const refusalTime = time.Millisecond
+
 // refusing fences nobody.
 type refusing struct {
 	backend.Backend
 	err error
 }
 
-func (r refusing) Fence(context.Context, backend.Peer) error { return r.err }
+func (r refusing) Fence(context.Context, backend.Peer) error {
+	time.Sleep(refusalTime)
+	return r.err
+}

@@ -25,7 +25,7 @@ const outputPatience = time.Second
 // only the process itself, and reaps it only when its output has ended.
 type child struct {
 	cmd    *exec.Cmd
-	stdout *os.File
+	stdout *output
 	log    *logPipe
 	exited chan struct{} // closed when the process has been reaped, and its output read
 
@@ -63,8 +63,8 @@ func (c *child) Start(context.Context) error {
 		close(c.exited)
 		return err
 	}
-	c.stdout = ours[0]
-	go c.log.take(ours[1])
+	c.stdout = &output{File: ours[0]}
+	go c.log.take(&output{File: ours[1]})
 	go c.reap(ours[:])
 	return nil
 }
@@ -101,17 +101,25 @@ func (c *child) reap(output []*os.File) {
 	<-c.log.done
 }
 
-// kill ends the process and all of its group.
+// kill ends the process and all of its group. Where the process has ended by itself, and reap is about to see it, reap does
+// the rest, and the process is not said to have been killed.
 func (c *child) kill() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.reaped {
+	if c.reaped || c.pid != 0 && c.isZombie() {
 		return
 	}
 	c.killed = true
 	if c.pid != 0 {
 		_ = unix.Kill(-c.pid, unix.SIGKILL)
 	}
+}
+
+// isZombie tells whether the process, which has not been reaped, has ended.
+func (c *child) isZombie() bool {
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, c.pid, &info, unix.WEXITED|unix.WNOWAIT|unix.WNOHANG, nil)
+	return err == nil && info.Signo != 0
 }
 
 // Kill implements runner.Runner.
@@ -141,7 +149,7 @@ func (c *child) ended() *ExitError {
 }
 
 // Stdout implements runner.Runner.
-func (c *child) Stdout() io.ReadCloser { return &announcement{File: c.stdout} }
+func (c *child) Stdout() io.ReadCloser { return &announcement{output: c.stdout} }
 
 // Stderr implements runner.Runner.
 func (c *child) Stderr() io.ReadCloser { return c.log }

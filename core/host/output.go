@@ -2,12 +2,15 @@ package host
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -61,8 +64,39 @@ func newLogPipe() *logPipe {
 	return &logPipe{lines: make(chan []byte, linesFor), done: make(chan struct{})}
 }
 
+// output is the host's end of a pipe that a plugin writes to.
+type output struct {
+	*os.File
+	late int // bytes that were read after the deadline
+}
+
+// pipeSize is how many bytes a pipe holds.
+const pipeSize = 64 << 10
+
+// Read implements io.Reader. What the plugin has written is read also when the deadline has passed meanwhile: a host that
+// the machine gives no time to must not take it for nothing.
+func (o *output) Read(p []byte) (int, error) {
+	n, err := o.File.Read(p)
+	if !errors.Is(err, os.ErrDeadlineExceeded) || o.late >= pipeSize {
+		return n, err
+	}
+	conn, connErr := o.SyscallConn()
+	if connErr != nil {
+		return 0, err
+	}
+	var readErr error
+	if connErr = conn.Control(func(fd uintptr) { n, readErr = unix.Read(int(fd), p) }); connErr != nil || readErr != nil {
+		return 0, err // nothing is there
+	}
+	if n == 0 && len(p) > 0 {
+		return 0, io.EOF
+	}
+	o.late += n
+	return n, nil
+}
+
 // take reads the plugin's standard error to its end, or its deadline, and closes it.
-func (l *logPipe) take(stderr *os.File) {
+func (l *logPipe) take(stderr *output) {
 	defer close(l.done)
 	defer stderr.Close()
 	in := &lineWriter{to: l}
@@ -169,7 +203,7 @@ func (l *logPipe) Close() error { return nil }
 // announcement is the standard output of a plugin: one line, which says where it listens. What comes after it is
 // thrown away, and what is too long to be that line is cut.
 type announcement struct {
-	*os.File
+	*output
 	size int  // bytes of the line that have been read
 	over bool // the line is complete
 }
@@ -179,7 +213,7 @@ const announcementSize = 1 << 10
 // Read implements io.Reader. At the end of the file, or its deadline, it closes it.
 func (a *announcement) Read(p []byte) (int, error) {
 	if !a.over {
-		n, err := a.File.Read(p[:min(len(p), announcementSize-a.size)])
+		n, err := a.output.Read(p[:min(len(p), announcementSize-a.size)])
 		a.size += n
 		if end := bytes.IndexByte(p[:n], '\n') + 1; end > 0 {
 			n, a.over = end, true
@@ -190,7 +224,7 @@ func (a *announcement) Read(p []byte) (int, error) {
 			return n, nil
 		}
 	}
-	io.Copy(io.Discard, a.File)
-	a.File.Close()
+	io.Copy(io.Discard, a.output)
+	a.Close()
 	return 0, io.EOF
 }

@@ -3,6 +3,7 @@ package host
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -133,7 +134,7 @@ func TestTake(t *testing.T) {
 		}
 		defer w.Close()
 		l := newLogPipe()
-		go l.take(r)
+		go l.take(&output{File: r})
 		w.WriteString("one\nan unfinished line")
 		for l.tail.String() == "" {
 			time.Sleep(time.Millisecond)
@@ -142,6 +143,42 @@ func TestTake(t *testing.T) {
 		all, err := io.ReadAll(l)
 		if string(all) != "one\nan unfinished line\n" || err != nil {
 			t.Errorf("%s: it reads %q, %v", name, all, err)
+		}
+	}
+}
+
+// TestLateOutput: what was written is read after the deadline, too, as much as a pipe holds. What somebody else goes on
+// writing is not.
+func TestLateOutput(t *testing.T) {
+	full := strings.Repeat("x", pipeSize)
+	for _, c := range []struct {
+		written, later string
+		closed         bool
+		want           error
+	}{
+		{written: "last words", closed: true},
+		{written: "last words", want: os.ErrDeadlineExceeded},
+		{written: full, later: "more", want: os.ErrDeadlineExceeded},
+	} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		defer r.Close()
+		w.WriteString(c.written)
+		if c.closed {
+			w.Close()
+		}
+		r.SetReadDeadline(time.Unix(1, 0))
+		out := &output{File: r}
+		all := make([]byte, len(c.written))
+		if _, err := io.ReadFull(out, all); err != nil || string(all) != c.written {
+			t.Errorf("of %d bytes that were written it reads others, %v", len(c.written), err)
+		}
+		w.WriteString(c.later)
+		if rest, err := io.ReadAll(out); len(rest) != 0 || !errors.Is(err, c.want) {
+			t.Errorf("after %d bytes it reads %d more, %v, want none and %v", len(c.written), len(rest), err, c.want)
 		}
 	}
 }
@@ -160,7 +197,7 @@ func TestAnnouncement(t *testing.T) {
 		}
 		w.WriteString(c.written)
 		w.Close()
-		if got, err := io.ReadAll(&announcement{File: r}); string(got) != c.want || err != nil {
+		if got, err := io.ReadAll(&announcement{output: &output{File: r}}); string(got) != c.want || err != nil {
 			t.Errorf("of %.30q it reads %.30q, %v, want %.30q", c.written, got, err, c.want)
 		}
 		if _, err := r.Stat(); err == nil {

@@ -60,7 +60,7 @@ func (r *record) count(text string) (n int) {
 // eventually waits for what must happen.
 func eventually(t *testing.T, what string, happened func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !happened(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !happened(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("it never happens: %s", what)
 		}
@@ -68,10 +68,10 @@ func eventually(t *testing.T, what string, happened func() bool) {
 }
 
 // open opens the plugin as Open does.
-func (p *program) open(config backend.Config, keysChanged func(backend.RegionID, []byte)) (*Process, error) {
+func (p *program) open(ctx context.Context, config backend.Config, keysChanged func(backend.RegionID, []byte)) (*Process, error) {
 	p.t.Helper()
 	config.Self = self
-	backends, err := Open(p.t.Context(), config, []Spec{{Process: &p.spec, KeysChanged: keysChanged}})
+	backends, err := Open(ctx, config, []Spec{{Process: &p.spec, KeysChanged: keysChanged}})
 	if err != nil {
 		return nil, err
 	}
@@ -88,11 +88,23 @@ func (p *program) open(config backend.Config, keysChanged func(backend.RegionID,
 
 func (p *program) mustOpen(config backend.Config) *Process {
 	p.t.Helper()
-	process, err := p.open(config, nil)
+	process, err := p.open(p.t.Context(), config, nil)
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	return process
+}
+
+// send sends a signal to the process that serves.
+func send(t *testing.T, p *Process, s unix.Signal) {
+	t.Helper()
+	state := p.State()
+	if state.PID == 0 { // which would be this process and its group
+		t.Fatalf("no process serves: %+v", state)
+	}
+	if err := unix.Kill(state.PID, s); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // alive tells whether a process exists that has not ended. A zombie of this process's counts as alive.
@@ -318,6 +330,7 @@ func TestUnavailable(t *testing.T) {
 	for name, c := range map[string]struct {
 		mood  string
 		spoil func(p *program)
+		stuck bool // the time is over as soon as the process gets no further
 		want  []string
 	}{
 		"missing":               {spoil: func(p *program) { p.spec.Path = "/nowhere/umbp-plugin" }, want: []string{"/nowhere/umbp-plugin", "no such file"}},
@@ -337,8 +350,8 @@ func TestUnavailable(t *testing.T) {
 		"panic":                 {mood: "panic", want: []string{"exit status 2", "panic: nothing works"}},
 		"garbage":               {mood: "garbage", want: []string{"Segmentation fault (not really)"}},
 		"much garbage":          {mood: "much garbage", want: []string{"xxxxxxxx"}},
-		"silence":               {mood: "silent", spoil: short, want: []string{"was killed"}},
-		"hang":                  {mood: "hangs", spoil: short, want: []string{"was killed", "deadline exceeded"}},
+		"silence":               {mood: "silent", stuck: true, want: []string{"was killed", "context canceled"}},
+		"hang":                  {mood: "hangs", stuck: true, want: []string{"was killed", "context canceled"}},
 		"version":               {mood: "version", want: []string{"99", "[1]"}},
 		"no device":             {mood: "no device", want: []string{"there is no device"}},
 	} {
@@ -350,7 +363,17 @@ func TestUnavailable(t *testing.T) {
 			if c.spoil != nil {
 				c.spoil(prog)
 			}
-			_, err := prog.open(backend.Config{}, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if c.stuck {
+				go func() {
+					for prog.hasMood() && ctx.Err() == nil {
+						time.Sleep(time.Millisecond)
+					}
+					cancel()
+				}()
+			}
+			_, err := prog.open(ctx, backend.Config{}, nil)
 			if backend.CodeOf(err) != backend.Unsupported {
 				t.Fatalf("open returns %v", err)
 			}
@@ -392,7 +415,7 @@ func TestOpenErrors(t *testing.T) {
 		t.Errorf("Open returns %v", err)
 	}
 	prog.mood("busy port")
-	if _, err = prog.open(backend.Config{}, nil); backend.CodeOf(err) != backend.Internal || !strings.Contains(err.Error(), "the port is taken") {
+	if _, err = prog.open(t.Context(), backend.Config{}, nil); backend.CodeOf(err) != backend.Internal || !strings.Contains(err.Error(), "the port is taken") {
 		t.Errorf("Open returns %v", err)
 	}
 }
@@ -413,11 +436,7 @@ func TestChecksum(t *testing.T) {
 // gone, and another one serves.
 func TestDeaths(t *testing.T) {
 	signal := func(s unix.Signal) func(*testing.T, *Process) {
-		return func(t *testing.T, p *Process) {
-			if err := unix.Kill(p.State().PID, s); err != nil {
-				t.Fatal(err)
-			}
-		}
+		return func(t *testing.T, p *Process) { send(t, p, s) }
 	}
 	tell := func(what string) func(*testing.T, *Process) {
 		return func(t *testing.T, p *Process) {
@@ -433,7 +452,7 @@ func TestDeaths(t *testing.T) {
 	}{
 		"SIGKILL":         {signal(unix.SIGKILL), []string{"signal: killed"}},
 		"SIGTERM":         {signal(unix.SIGTERM), []string{"signal: terminated"}},
-		"SIGSTOP":         {signal(unix.SIGSTOP), []string{"was killed", "no sign of life within 200ms"}},
+		"SIGSTOP":         {signal(unix.SIGSTOP), []string{"was killed", "no sign of life within 5s"}},
 		"exit":            {tell("exit"), []string{"exit status 5", "the device is gone"}},
 		"panic":           {tell("panic"), []string{"exit status 2", "panic: the device is lost"}},
 		"SIGABRT":         {tell("abort"), []string{"SIGABRT"}},
@@ -442,7 +461,9 @@ func TestDeaths(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			prog := newProgram(t)
-			prog.spec.Timing.Ping, prog.spec.Timing.PingTimeout = 50*time.Millisecond, 200*time.Millisecond
+			if name == "SIGSTOP" {
+				prog.spec.Timing.PingTimeout = 0 // the default: it must be too long for a machine that is only slow
+			}
 			prog.mood("fault complete:drop")
 			p := prog.mustOpen(backend.Config{})
 			lend(t, p, 1)
@@ -511,7 +532,7 @@ func TestCrashLoop(t *testing.T) {
 	p := prog.mustOpen(backend.Config{})
 	lend(t, p, 1)
 	prog.mood("exit")
-	unix.Kill(p.State().PID, unix.SIGKILL)
+	send(t, p, unix.SIGKILL)
 	eventually(t, "it is down", func() bool { return p.State().Phase == Down })
 	if s := p.State(); s.PID != 0 || s.Restarts != 0 || !strings.Contains(s.Reason, "there is no device") {
 		t.Errorf("the state is %+v", s)
@@ -533,7 +554,7 @@ func TestCrashLoop(t *testing.T) {
 func TestKeysChange(t *testing.T) {
 	var mu sync.Mutex
 	keys := make(map[backend.RegionID][]byte)
-	p, err := newProgram(t).open(backend.Config{}, func(id backend.RegionID, key []byte) {
+	p, err := newProgram(t).open(t.Context(), backend.Config{}, func(id backend.RegionID, key []byte) {
 		mu.Lock()
 		defer mu.Unlock()
 		keys[id] = key
@@ -608,6 +629,9 @@ func TestRestartUnderLoad(t *testing.T) {
 // patient posts on one connection for as long as it lasts.
 func patient(ctx context.Context, p *Process, local backend.RegionID, moved *atomic.Int64) error {
 	l, err := connect(context.WithoutCancel(ctx), p, local)
+	if backend.CodeOf(err) == backend.PathDown {
+		return nil // the process was ended between the calls that make a connection
+	}
 	if err != nil {
 		return fmt.Errorf("connect: %w", err)
 	}
@@ -680,8 +704,21 @@ func TestLogLevel(t *testing.T) {
 	}
 }
 
+// ownTemp gives the test a folder for temporary files that no other host takes stale folders away from. Its path is short
+// enough for sockets.
+func ownTemp(t *testing.T) {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "umbp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Setenv("TMPDIR", dir)
+}
+
 // TestSocketDir: a folder whose owner lives is left alone, one whose owner is dead is not.
 func TestSocketDir(t *testing.T) {
+	ownTemp(t)
 	first, err := newSocketDir()
 	if err != nil {
 		t.Fatal(err)
@@ -690,10 +727,17 @@ func TestSocketDir(t *testing.T) {
 	if err := os.Mkdir(stale, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("TMPDIR", filepath.Join("/tmp", strings.Repeat("x", longestTemp))) // too long for a socket's address
 	second, err := newSocketDir()
 	if err != nil {
 		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", filepath.Join("/tmp", strings.Repeat("x", longestTemp))) // too long for a socket's address
+	third, err := newSocketDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if filepath.Dir(third.path) != "/tmp" {
+		t.Errorf("with a long path to temporary files, the folder is %s", third.path)
 	}
 	if _, err := os.Stat(stale); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a stale folder is left: %v", err)
@@ -701,7 +745,7 @@ func TestSocketDir(t *testing.T) {
 	if info, err := os.Stat(first.path); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("the folder of a live owner: %v, %v", info, err)
 	}
-	for _, d := range []*socketDir{first, second} {
+	for _, d := range []*socketDir{first, second, third} {
 		d.close()
 		if _, err := os.Stat(d.path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("a folder is left: %v", err)
@@ -711,6 +755,7 @@ func TestSocketDir(t *testing.T) {
 
 // TestHostIsKilled: nothing is left of a host that is killed; the next one takes away its folder.
 func TestHostIsKilled(t *testing.T) {
+	ownTemp(t)
 	prog := newProgram(t)
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), envProgram+"=host")
@@ -801,7 +846,7 @@ func TestThousandRestarts(t *testing.T) {
 		}
 		<-l.completed
 		if rng.IntN(2) == 0 {
-			unix.Kill(p.State().PID, unix.SIGKILL)
+			send(t, p, unix.SIGKILL)
 		} else if err := p.Restart(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -823,11 +868,13 @@ func TestThousandRestarts(t *testing.T) {
 		restart(n + 1)
 	}
 	var after usage
-	// The number of threads is the runtime's affair, as long as it does not grow with the number of processes.
+	// The numbers of threads and goroutines are in part the runtime's and the moment's affair, as long as they do not grow
+	// with the number of processes.
+	const some = (all - warm) / 20
 	eventually(t, fmt.Sprintf("%+v is as it was, %+v", &after, before), func() bool {
 		after = measure(t)
-		return after.files <= before.files && after.mappings <= before.mappings && after.goroutines <= before.goroutines &&
-			after.children <= before.children && after.threads <= before.threads+10
+		return after.files <= before.files && after.mappings <= before.mappings && after.goroutines <= before.goroutines+some &&
+			after.children <= before.children && after.threads <= before.threads+some
 	})
 	t.Logf("before: %+v, after: %+v", before, after)
 }

@@ -46,7 +46,10 @@ func newProgram(t *testing.T) *program {
 	t.Setenv(envMood, filepath.Join(t.TempDir(), "mood"))
 	p := &program{t: t, spec: ProcessSpec{
 		Name: null.Name, Path: os.Args[0], Env: []string{envProgram, envMood, "GORACE"},
-		Timing: Timing{FirstPause: time.Millisecond, LongPause: 10 * time.Millisecond, Young: time.Nanosecond},
+		Timing: Timing{
+			FirstPause: time.Millisecond, LongPause: 10 * time.Millisecond, Young: time.Nanosecond,
+			PingTimeout: time.Hour, // no process is to be killed because the machine is slow
+		},
 	}}
 	p.mood("good")
 	return p
@@ -57,6 +60,27 @@ func (p *program) mood(mood string) {
 	p.t.Helper()
 	if err := os.WriteFile(os.Getenv(envMood), []byte(mood), 0o600); err != nil {
 		p.t.Fatal(err)
+	}
+}
+
+// hasMood tells whether no process has got stuck in its mood as yet.
+func (p *program) hasMood() bool {
+	_, err := os.Stat(os.Getenv(envMood))
+	return err == nil
+}
+
+// stuck tells the test that the process gets no further.
+func stuck() {
+	if err := os.Remove(os.Getenv(envMood)); err != nil {
+		panic(err)
+	}
+	forever()
+}
+
+// forever does nothing, in a way that the runtime does not take for a deadlock.
+func forever() {
+	for {
+		time.Sleep(time.Hour)
 	}
 }
 
@@ -90,7 +114,7 @@ func pluginProgram() {
 				fmt.Println(strings.Repeat("x", 1<<16))
 			}
 		case "describes for ever":
-			select {}
+			forever()
 		case "describes a crash":
 			fmt.Fprintln(os.Stderr, "no library")
 			os.Exit(4)
@@ -111,13 +135,13 @@ func pluginProgram() {
 		panic("nothing works")
 	case "garbage":
 		fmt.Println("Segmentation fault (not really)")
-		select {}
+		forever()
 	case "much garbage":
 		for {
 			fmt.Print(strings.Repeat("x", 1<<16))
 		}
 	case "silent":
-		select {}
+		stuck()
 	case "version":
 		server := rpc.NewServer(f, nil, nil)
 		goplugin.Serve(&goplugin.ServeConfig{
@@ -134,7 +158,7 @@ func pluginProgram() {
 		case "busy port":
 			return nil, backend.Errorf(backend.Internal, "the port is taken")
 		case "hangs":
-			select {}
+			stuck()
 		}
 		b, err := null.Factory.Open(ctx, cfg)
 		if script, ok := strings.CutPrefix(string(mood), "fault "); ok && err == nil {
@@ -185,10 +209,10 @@ func (m moody) Offer(ctx context.Context, peer backend.Peer) (backend.Handshake,
 		os.Exit(5)
 	case "panic":
 		go panic("the device is lost")
-		select {}
+		forever()
 	case "abort":
 		unix.Kill(os.Getpid(), unix.SIGABRT)
-		select {}
+		forever()
 	case "flood":
 		line := []byte(`{"@level":"info","@message":"again"}` + "\n")
 		for range 200_000 {
@@ -261,7 +285,7 @@ func hostProgram() {
 	}
 	p := b.(*Process)
 	fmt.Println(p.State().PID, p.sockets.path)
-	select {}
+	forever()
 }
 
 var self = backend.Peer{Node: "self", Incarnation: 1, Host: "here"}

@@ -204,8 +204,9 @@ func (p *Process) watch(i *instance) {
 	}
 }
 
-// dyingTime is how long a process takes at most, once it has begun to end and its sockets are closed.
-const dyingTime = 100 * time.Millisecond
+// dyingTime is how long a process takes at most, once it has begun to end and its sockets are closed: a driver may have
+// much to free, and the machine be busy.
+const dyingTime = time.Second
 
 // orEnd returns what is wrong with an instance, or nil when that was only the first sign of the end of its process.
 func (i *instance) orEnd(fault error) error {

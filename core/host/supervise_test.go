@@ -394,6 +394,21 @@ func TestFirstStartFails(t *testing.T) {
 	}
 }
 
+// TestStartIsBounded: a process that does not come to serve is given up.
+func TestStartIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProcess(ProcessSpec{Name: "fake"}, backend.Config{}, nil)
+		p.launch = func(ctx context.Context) (*instance, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		begun := time.Now()
+		if err := p.open(t.Context()); !errors.Is(err, context.DeadlineExceeded) || time.Since(begun) != 30*time.Second {
+			t.Errorf("open returns %v after %s", err, time.Since(begun))
+		}
+	})
+}
+
 // TestFailures: each way to fail ends the process, loses what was in flight after it, and says why.
 func TestFailures(t *testing.T) {
 	for name, c := range map[string]struct {

@@ -434,7 +434,13 @@ func (c *Client) Offer(ctx context.Context, peer backend.Peer) (backend.Handshak
 	}
 	answered := make(chan result)
 	started := c.spawn(func() {
-		reply, err := call(context.WithoutCancel(ctx), c, "offer", c.service.Offer, &backendpb.OfferRequest{Peer: peerOut(peer)})
+		// It goes on when the caller gives up, for as long as a call may take, and no shorter than the caller would wait.
+		lasting, cancel := context.WithoutCancel(ctx), context.CancelFunc(func() {})
+		if deadline, has := ctx.Deadline(); has && time.Until(deadline) > c.callTimeout {
+			lasting, cancel = context.WithDeadline(lasting, deadline)
+		}
+		defer cancel()
+		reply, err := call(lasting, c, "offer", c.service.Offer, &backendpb.OfferRequest{Peer: peerOut(peer)})
 		select {
 		case answered <- result{reply, err}:
 		case <-ctx.Done():

@@ -201,12 +201,17 @@ type bound struct {
 	endpoint backend.Endpoint
 	id       uint64 // of the session
 
+	heard func() // called within Complete, may be nil
+
 	mu   sync.Mutex
 	got  []backend.Completion
 	more chan struct{}
 }
 
 func (b *bound) Complete(c backend.Completion) {
+	if b.heard != nil {
+		b.heard()
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	c.Outcomes = slices.Clone(c.Outcomes)
@@ -238,7 +243,8 @@ func (b *bound) wait(t *testing.T, n int) []backend.Completion {
 	}
 }
 
-const patience = 20 * time.Second
+// patience is how long a test waits for what must happen.
+const patience = time.Minute
 
 // settle is how long a test leaves something the chance to happen that must not.
 const settle = 20 * time.Millisecond
