@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	spool "github.com/umbp/umbp/examples/backend-spool"
@@ -26,7 +27,7 @@ var (
 
 func openSpool(t *testing.T, dir string, self backend.Peer) backend.Backend {
 	t.Helper()
-	options, err := backend.CheckOptions(spool.Factory.Options, map[string]string{"dir": dir, "patience": "100ms"})
+	options, err := backend.CheckOptions(spool.Factory.Options, map[string]string{"dir": dir})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +52,8 @@ func lend(t *testing.T, b backend.Backend, rights backend.Rights) []byte {
 	return memory
 }
 
-// until waits for what must come.
+// until waits for what must come. Where the patience of a backend counts, a test has a clock of its own, by synctest: what
+// is done takes no time, and nobody waits for what does not come.
 func until(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
@@ -184,68 +186,72 @@ func TestHostileTarget(t *testing.T) {
 		"its death":            {func(s *stranger) { s.lock.Close() }, backend.PathDown, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := shared(t)
-			b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
-			memory := lend(t, b, 0)
-			before := bytes.Clone(memory)
-			e, session, done := s.accept(b)
-			if err := session.Post(backend.Transfer{Op: backend.Read, Cookie: 1, Segments: []backend.Segment{{Length: 64}}}); err != nil {
-				t.Fatal(err)
-			}
-			s.take("2")
-			c.answer(s)
-			completion := <-done
-			if backend.CodeOf(completion.Err) != c.code || len(completion.Err.Error()) > 1000 {
-				t.Errorf("completed with %v, want the code %q", completion.Err, c.code)
-			}
-			if !bytes.Equal(memory, before) {
-				t.Error("the region has changed")
-			}
-			if c.fails {
-				<-e.Done()
-				return
-			}
-			if err := session.Post(backend.Transfer{Op: backend.Read, Cookie: 2, Segments: []backend.Segment{{Length: 4}}}); err != nil {
-				t.Fatal(err)
-			}
-			s.take("3")
-			s.put(s.answer("3"), s.message(nil, "good"))
-			if completion := <-done; completion.Err != nil || string(memory[:4]) != "good" {
-				t.Errorf("afterwards: %v, %q", completion.Err, memory[:4])
-			}
+			synctest.Test(t, func(t *testing.T) {
+				dir := shared(t)
+				b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
+				memory := lend(t, b, 0)
+				before := bytes.Clone(memory)
+				e, session, done := s.accept(b)
+				if err := session.Post(backend.Transfer{Op: backend.Read, Cookie: 1, Segments: []backend.Segment{{Length: 64}}}); err != nil {
+					t.Fatal(err)
+				}
+				s.take("2")
+				c.answer(s)
+				completion := <-done
+				if backend.CodeOf(completion.Err) != c.code || len(completion.Err.Error()) > 1000 {
+					t.Errorf("completed with %v, want the code %q", completion.Err, c.code)
+				}
+				if !bytes.Equal(memory, before) {
+					t.Error("the region has changed")
+				}
+				if c.fails {
+					<-e.Done()
+					return
+				}
+				if err := session.Post(backend.Transfer{Op: backend.Read, Cookie: 2, Segments: []backend.Segment{{Length: 4}}}); err != nil {
+					t.Fatal(err)
+				}
+				s.take("3")
+				s.put(s.answer("3"), s.message(nil, "good"))
+				if completion := <-done; completion.Err != nil || string(memory[:4]) != "good" {
+					t.Errorf("afterwards: %v, %q", completion.Err, memory[:4])
+				}
+			})
 		})
 	}
 }
 
 // TestCancel: a request that nobody has taken is withdrawn; one that was taken stays in doubt when nobody answers.
 func TestCancel(t *testing.T) {
-	dir := shared(t)
-	b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
-	lend(t, b, 0)
-	e, session, done := s.accept(b)
-	post := func(cookie uint64) {
-		t.Helper()
-		if err := session.Post(backend.Transfer{Op: backend.Write, Cookie: cookie, Segments: []backend.Segment{{Length: 64}}}); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) {
+		dir := shared(t)
+		b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
+		lend(t, b, 0)
+		e, session, done := s.accept(b)
+		post := func(cookie uint64) {
+			t.Helper()
+			if err := session.Post(backend.Transfer{Op: backend.Write, Cookie: cookie, Segments: []backend.Segment{{Length: 64}}}); err != nil {
+				t.Fatal(err)
+			}
 		}
-	}
-	post(1)
-	request := s.path(s.mailbox, "in", s.conn+".2")
-	until(t, "the request", func() bool { _, err := os.Stat(request); return err == nil })
-	session.Cancel(1)
-	if c := <-done; !errors.Is(c.Err, backend.ErrCancelled) || len(c.Outcomes) != 1 || c.Outcomes[0] != backend.NotSent {
-		t.Errorf("not taken: %+v", c)
-	}
-	if _, err := os.Stat(request); err == nil {
-		t.Error("the request is still there")
-	}
-	post(2)
-	s.take("3")
-	session.Cancel(2)
-	if c := <-done; !errors.Is(c.Err, backend.ErrPathDown) || len(c.Outcomes) != 1 || c.Outcomes[0] != backend.InDoubt {
-		t.Errorf("taken: %+v", c)
-	}
-	<-e.Done()
+		post(1)
+		request := s.path(s.mailbox, "in", s.conn+".2")
+		until(t, "the request", func() bool { _, err := os.Stat(request); return err == nil })
+		session.Cancel(1)
+		if c := <-done; !errors.Is(c.Err, backend.ErrCancelled) || len(c.Outcomes) != 1 || c.Outcomes[0] != backend.NotSent {
+			t.Errorf("not taken: %+v", c)
+		}
+		if _, err := os.Stat(request); err == nil {
+			t.Error("the request is still there")
+		}
+		post(2)
+		s.take("3")
+		session.Cancel(2)
+		if c := <-done; !errors.Is(c.Err, backend.ErrPathDown) || len(c.Outcomes) != 1 || c.Outcomes[0] != backend.InDoubt {
+			t.Errorf("taken: %+v", c)
+		}
+		<-e.Done()
+	})
 }
 
 // TestHostileInitiator: what is in the mailbox touches no memory that it must not, and does not stay.
@@ -306,8 +312,9 @@ func TestHostileInitiator(t *testing.T) {
 			t.Fatalf("%s: the region has changed", what)
 		}
 	}
-	for _, rubbish := range []string{s.conn, s.conn + ".dir/deep", "..x", strings.Repeat("ef", 16) + ".1"} {
-		if err := os.MkdirAll(filepath.Join(in, rubbish), 0o700); err != nil {
+	for _, rubbish := range []string{s.conn, s.conn + ".dir", "..x", strings.Repeat("ef", 16) + ".1"} {
+		made := s.path(s.mailbox, "rubbish") // and moved there, since it may be removed at once
+		if err := errors.Join(os.MkdirAll(filepath.Join(made, "deep"), 0o700), os.Rename(made, filepath.Join(in, rubbish))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -336,15 +343,17 @@ func empty(dir string) bool {
 
 // TestDeath: an endpoint on which nothing happens notices that its target has died.
 func TestDeath(t *testing.T) {
-	dir := shared(t)
-	b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
-	lend(t, b, 0)
-	e, session, _ := s.accept(b)
-	s.lock.Close()
-	<-e.Done()
-	if err := session.Post(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{{Length: 4}}}); !errors.Is(err, backend.ErrPathDown) {
-		t.Errorf("Post afterwards: %v, want PathDown", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		dir := shared(t)
+		b, s := openSpool(t, dir, initiatorPeer), newStranger(t, dir)
+		lend(t, b, 0)
+		e, session, _ := s.accept(b)
+		s.lock.Close()
+		<-e.Done()
+		if err := session.Post(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{{Length: 4}}}); !errors.Is(err, backend.ErrPathDown) {
+			t.Errorf("Post afterwards: %v, want PathDown", err)
+		}
+	})
 }
 
 // TestSweep: what a killed process has left is removed by the next one, and what a living one has is not.

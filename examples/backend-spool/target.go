@@ -136,8 +136,9 @@ func (b *spool) takeSome() bool {
 		b.mu.Unlock()
 		if g != nil && os.Rename(b.path("in", name), b.path("taken")) == nil {
 			b.handle(g)
+		} else {
+			os.RemoveAll(b.path("in", name)) // rubbish
 		}
-		os.RemoveAll(b.path("in", name)) // rubbish, if it is still there
 	}
 	return len(names) > 0
 }
