@@ -24,6 +24,7 @@ func manage(t *testing.T, path string) *Manager {
 		t.Fatal(err)
 	}
 	m.settle, m.firstPause, m.lastPause = 20*time.Millisecond, 5*time.Millisecond, 20*time.Millisecond
+	m.idle = time.Hour // what happens to the file has to be noticed
 	return m
 }
 
@@ -218,7 +219,7 @@ func follow(t *testing.T, m *Manager) <-chan outcome {
 		m.Run(ctx, func(c *Config, change Change, err error) {
 			select {
 			case outcomes <- outcome{c, change, err}:
-			default: // more than the test looks at: retries of a watch
+			case <-ctx.Done():
 			}
 		})
 	})
@@ -239,7 +240,7 @@ func await(t *testing.T, outcomes <-chan outcome, what string, wanted func(outco
 			if wanted(last) {
 				return last
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%s: not seen; last outcome %+v", what, last)
 		}
 	}

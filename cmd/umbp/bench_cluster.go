@@ -112,7 +112,7 @@ type benchCluster struct {
 // openBench starts a cluster with a client for each plan.
 func openBench(ctx context.Context, c benchCase, plans []string) (_ *benchCluster, err error) {
 	b := &benchCluster{
-		benchCase: c, directory: directory.NewMemory(directory.Options{}), clients: make(map[string]*core.PoolClient),
+		benchCase: c, directory: directory.NewMemory(directory.Options{TTL: ownLease}), clients: make(map[string]*core.PoolClient),
 		items: make([]core.Item, c.batch),
 	}
 	b.factories, b.still = c.factories()
@@ -517,7 +517,11 @@ func (b *benchCluster) timed(
 		counts: b.counts(),
 	}
 	for name := range s.counts {
-		s.counts[name] -= counts[name]
+		if _, known := counts[name]; known {
+			s.counts[name] -= counts[name]
+		} else {
+			delete(s.counts, name) // nobody knows how much of it was there before the call
+		}
 	}
 	for i := range results {
 		s.carried[results[i].Path.Backend]++
@@ -533,14 +537,23 @@ func (b *benchCluster) answered() (n uint64) {
 	return n
 }
 
+// countTries is how often the process of a backend is asked what it counts: it says nothing when it does not come to
+// answer in time.
+const countTries = 5
+
 // counts returns what the backend that is measured counts by itself, at the caller's end; nothing for most.
 func (b *benchCluster) counts() map[string]uint64 {
 	counts := make(map[string]uint64)
 	for _, known := range b.caller.Backends() {
-		if known.Name == b.backend {
-			for _, c := range known.Counters() {
-				counts[c.Name] = c.Value
-			}
+		if known.Name != b.backend {
+			continue
+		}
+		told := known.Counters()
+		for try := 1; try < countTries && len(told) == 0 && known.Process != nil; try++ {
+			told = known.Counters()
+		}
+		for _, c := range told {
+			counts[c.Name] = c.Value
 		}
 	}
 	return counts

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,9 +23,8 @@ import (
 // benchCommandLine runs the program, and returns what it printed and its exit code.
 func benchCommandLine(t *testing.T, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	var out, talk bytes.Buffer
-	code = run(append([]string{"bench"}, args...), strings.NewReader(""), &out, &talk)
-	return out.String(), talk.String(), code
+	code, stdout, stderr = command(append([]string{"bench"}, args...)...)
+	return stdout, stderr, code
 }
 
 // benchTable runs the program for so many rows, and returns them.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -23,11 +24,15 @@ type embedded struct {
 	closers   []func() error // run last first
 }
 
+// ownLease is how long a node stays a member of a directory in its own process without a sign of life. That process may
+// stand still where the machine is busy, and loses both or none.
+const ownLease = time.Minute
+
 // openEmbedded starts so many nodes, each with a pool of poolSize bytes in pages of pageSize.
 func openEmbedded(
 	ctx context.Context, c *config.Config, nodes int, pool place, poolSize, pageSize uint64, log hclog.Logger,
 ) (_ *embedded, err error) {
-	e := &embedded{directory: directory.NewMemory(directory.Options{})}
+	e := &embedded{directory: directory.NewMemory(directory.Options{TTL: ownLease})}
 	e.closers = append(e.closers, e.directory.Close)
 	defer func() {
 		if err != nil {

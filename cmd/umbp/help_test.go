@@ -12,12 +12,11 @@ import (
 func TestHelp(t *testing.T) {
 	var each func(cmd *cobra.Command)
 	each = func(cmd *cobra.Command) {
-		var stdout, stderr strings.Builder
 		args := append(strings.Fields(cmd.CommandPath())[1:], "--help")
-		if code := run(args, strings.NewReader(""), &stdout, &stderr); code != exitOK || stderr.Len() > 0 {
-			t.Errorf("%v: exit code %d, %q", args, code, stderr.String())
+		code, help, stderr := command(args...)
+		if code != exitOK || stderr != "" {
+			t.Errorf("%v: exit code %d, %q", args, code, stderr)
 		}
-		help := stdout.String()
 		if cmd.Short == "" || cmd.Long == "" || !strings.HasPrefix(help, strings.TrimSpace(cmd.Long)) {
 			t.Errorf("%v: the help does not say what the command does:\n%s", args, help)
 		}

@@ -45,7 +45,7 @@ func TestPutInDoubt(t *testing.T) {
 	defer engine.Close()
 	server, err := control.Listen("127.0.0.1:0", nil, false)
 	check(err)
-	members := directory.NewMemory(directory.Options{})
+	members := directory.NewMemory(directory.Options{TTL: ownLease})
 	defer members.Close()
 	node, err := core.NewNode(ctx, engine, core.NodeOptions{
 		Directory: members, Address: server.Address(), PoolSize: 1 << 20, PageSize: 1 << 16, Limits: limits(c), Log: log,
@@ -63,9 +63,7 @@ func TestPutInDoubt(t *testing.T) {
 	}()
 
 	umbp := func(args ...string) (code int, stdout, stderr string) {
-		var out, errs strings.Builder
-		code = run(append(args, "--directory.address", server.Address()), strings.NewReader(""), &out, &errs)
-		return code, out.String(), errs.String()
+		return command(append(args, "--directory.address", server.Address())...)
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	check(os.WriteFile(file, []byte("value"), 0o600))

@@ -23,6 +23,7 @@ func main() {
 }
 
 // run is the program. A first SIGINT or SIGTERM ends it in order; a second one ends it at once.
+// Several goroutines write to stderr, which must be fit for that, as a file is.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()

@@ -4,8 +4,9 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"math/rand/v2"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,9 +19,13 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
 	"go.uber.org/goleak"
 
 	"github.com/umbp/umbp/config"
+	"github.com/umbp/umbp/core"
+	"github.com/umbp/umbp/core/host"
 )
 
 // TestOptionsPage: make generate makes the page.
@@ -29,12 +34,11 @@ func TestOptionsPage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var stdout, stderr bytes.Buffer
-	args := []string{"backends", "schema", "shm", "tcp", "xgmi", "rdma", "--markdown", "--plugins.dir", pluginFolder(t)}
-	if code := run(args, nil, &stdout, &stderr); code != exitOK {
-		t.Fatalf("exit code %d\n%s", code, stderr.String())
+	code, stdout, stderr := command("backends", "schema", "shm", "tcp", "xgmi", "rdma", "--markdown", "--plugins.dir", pluginFolder(t))
+	if code != exitOK {
+		t.Fatalf("exit code %d\n%s", code, stderr)
 	}
-	if diff := cmp.Diff(string(page), stdout.String()); diff != "" {
+	if diff := cmp.Diff(string(page), stdout); diff != "" {
 		t.Errorf("docs/options.md is not current; run: make generate (-page +options):\n%s", diff)
 	}
 }
@@ -146,31 +150,29 @@ func children(t *testing.T) []int {
 	return pids
 }
 
-// lockedBuffer is what several goroutines may write to, like a file.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-// replaying tells whether a replay in this process has got the two buffers that it needs last.
-func replaying(t *testing.T) bool {
-	maps, err := os.ReadFile("/proc/self/maps")
-	if err != nil {
-		t.Fatal(err)
+// serving waits until every backend of the engines has a process that serves, and returns those.
+func serving(t *testing.T, engines []*core.Engine) (pids []int) {
+	t.Helper()
+	var states []core.BackendState
+	all := func() bool {
+		pids, states = nil, nil
+		for _, e := range engines {
+			states = append(states, e.BackendStates()...)
+		}
+		for _, s := range states {
+			if s.Process.Phase != host.Running {
+				return false
+			}
+			pids = append(pids, s.Process.PID)
+		}
+		return true
 	}
-	return bytes.Count(maps, []byte("umbp-buffer")) >= 2
+	for deadline := time.Now().Add(patienceOfScripts); !all(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("a backend does not come back: %+v", states)
+		}
+	}
+	return pids
 }
 
 // TestReplayWhileBackendsAreKilled replays a trace, and kills one process of a backend after the other all the while. No
@@ -178,61 +180,82 @@ func replaying(t *testing.T) bool {
 // ended.
 func TestReplayWhileBackendsAreKilled(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
-	dir := t.TempDir()
-	trace, only := filepath.Join(dir, "trace"), filepath.Join(dir, "tcp.yaml")
-	var lines bytes.Buffer
-	const requests, interval, kills = 200, 25 /* ms */, 7
-	for n := range requests {
+	const requests, interval = 200, 25 // one of so many is on its way when a process is killed
+	var trace []request
+	for n := range uint64(requests) {
 		// Prompts that share a beginning, and go different ways from there.
-		ids := []int{1, 2, 3, 10 + n%7, 20 + n%20, 100 + n}
-		encoded, _ := json.Marshal(ids)
-		fmt.Fprintf(&lines, "{\"timestamp\": %d, \"input_length\": %d, \"hash_ids\": %s}\n", n*interval, 512*len(ids), encoded)
+		ids := []uint64{1, 2, 3, 10 + n%7, 20 + n%20, 100 + n}
+		trace = append(trace, request{InputLength: tokensPerBlock * len(ids), HashIDs: ids})
 	}
-	for file, text := range map[string]string{
-		trace: lines.String(),
-		only:  "backends: [{name: tcp}]\nselection: {rules: [{require: [tcp]}]}\n",
+	for name, backends := range map[string]string{
+		"all backends": "",
+		"tcp":          "backends: [{name: tcp}]\nselection: {rules: [{require: [tcp]}]}\n",
 	} {
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, args := range [][]string{nil, {"-c", only}} {
-		args = append(args, "replay", trace, "--speed", "1x", "--pool-size", "16MiB", "--client.timeout", "5s",
-			"--mode", "process", "--plugins.dir", pluginFolder(t), "--json")
-		var stdout, stderr lockedBuffer
-		ended := make(chan int, 1)
-		go func() { ended <- run(args, nil, &stdout, &stderr) }()
-		killed, code := 0, -1
-		tick, tooLate := time.NewTicker(time.Second/2), time.After(patienceOfScripts)
-		for code < 0 {
-			select {
-			case code = <-ended:
-				tick.Stop()
-			case <-tick.C:
-				// Not to the very end: what is killed while it is being closed is an error of its own.
-				if pids := children(t); len(pids) > 0 && killed < kills && (killed > 0 || replaying(t)) {
-					if err := syscall.Kill(pids[rand.IntN(len(pids))], syscall.SIGKILL); err == nil {
-						killed++
-					}
-				}
-			case <-tooLate:
-				t.Fatal("the replay hangs")
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "umbp.yaml")
+			text := fmt.Sprintf("plugins: {mode: process, dir: %s}\nclient: {timeout: 1m}\npool: {read_lease: 1m}\n%s", pluginFolder(t), backends)
+			if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
 			}
-		}
-		var r replayResult
-		if err := json.Unmarshal([]byte(stdout.String()), &r); err != nil {
-			t.Fatalf("exit code %d, %v\n%s%s", code, err, stdout.String(), stderr.String())
-		}
-		t.Logf("%d processes were killed: %+v", killed, r)
-		if r.Mismatches > 0 || r.Requests != requests || r.HitRatio == 0 || killed < kills {
-			t.Errorf("%d processes were killed: %+v", killed, r)
-		}
-		says := regexp.MustCompile(`(?m)^umbp: error: [0-9]+ keys failed; the first: .*(path down|peer gone)`).MatchString(stderr.String())
-		if (code == exitOK) != (r.Failed == 0) || says != (r.Failed > 0) {
-			t.Errorf("exit code %d, %d keys failed\n%s", code, r.Failed, stderr.String())
-		}
-		if left := children(t); len(left) > 0 {
-			t.Errorf("processes are left: %v", left)
-		}
+			c, err := config.Load(config.Source{File: file, Schemas: schemas(), Describe: describePlugin})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &replayer{requests: trace, blockBytes: 64 * tokensPerBlock, stderr: io.Discard}
+			e, err := openEmbedded(t.Context(), c, 2, place{}, 8<<20, uint64(r.blockBytes), hclog.NewNullLogger())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := e.Close(); err != nil {
+					t.Error(err)
+				}
+				if left := children(t); len(left) > 0 {
+					t.Errorf("processes are left: %v", left)
+				}
+			}()
+			engines := []*core.Engine{e.client.engine}
+			for _, n := range e.nodes {
+				engines = append(engines, n.Engine())
+			}
+			l := r.lane(c, e.client, e.directory, core.DialLocal(nil, e.nodes...))
+			end, err := l.begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			killed := 0
+			for i := range trace {
+				var killing sync.WaitGroup
+				if i%interval == interval-1 {
+					pids := serving(t, engines)
+					victim := pids[killed%len(pids)]
+					killed++
+					killing.Go(func() {
+						if err := syscall.Kill(victim, syscall.SIGKILL); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				if err := l.serve(t.Context(), &trace[i]); err != nil {
+					t.Fatal(err)
+				}
+				killing.Wait()
+			}
+			serving(t, engines)
+			if err := errors.Join(l.sum(t.Context()), end(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%d processes were killed: %+v", killed, l.result)
+			if l.result.Mismatches > 0 || l.result.HitRatio == 0 {
+				t.Errorf("%d processes were killed: %+v", killed, l.result)
+			}
+			cmd := &cobra.Command{}
+			cmd.SetOut(io.Discard)
+			err = new(app).reportReplay(cmd, []*lane{l})
+			if says := regexp.MustCompile(`^[0-9]+ keys failed; the first: .*(path down|peer gone)`); (err == nil) != (l.result.Failed == 0) ||
+				err != nil && !says.MatchString(err.Error()) {
+				t.Errorf("%d keys failed: %v", l.result.Failed, err)
+			}
+		})
 	}
 }

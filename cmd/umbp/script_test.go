@@ -50,7 +50,14 @@ import (
 // and as the plugins that umbp is shipped with, of which rdma finds no devices, and as umbp-plugin-broken, which breaks
 // the contract. $GPUS is the runtime of a simulated machine with three GPUs: each reaches the next one, and the first and
 // the last do not reach each other.
+//
+// Nodes stay members of their directory without a sign of life for ten minutes, unless a script says otherwise: the machine
+// may be so busy that they stand still for seconds.
 func TestMain(m *testing.M) {
+	const lease = "UMBP_DIRECTORY__LEASE"
+	if os.Getenv(lease) == "" {
+		os.Setenv(lease, "10m")
+	}
 	testscript.Main(m, map[string]func(){
 		"umbp": main, "node": nodeMain,
 		"umbp-plugin-shm":  func() { serve.Main(shm.Factory) },

@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc/connectivity"
 
 	"github.com/umbp/umbp/core"
 	"github.com/umbp/umbp/core/admin"
@@ -57,6 +58,11 @@ func serve(t *testing.T, e *engine) *admin.Client {
 			t.Error(err)
 		}
 	})
+	// A call fails where no connection is made in time, as on a busy machine.
+	conn.Connect()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		conn.WaitForStateChange(t.Context(), state)
+	}
 	return admin.NewClient(conn)
 }
 

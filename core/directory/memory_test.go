@@ -36,41 +36,45 @@ func TestReaper(t *testing.T) {
 }
 
 func TestSweepCountsWhatIsOverwritten(t *testing.T) {
-	d := newMemory(t, Options{Now: newClock().Now})
-	a, b := node("a", 100), node("b", 100)
-	join(t, d, a)
-	publish(t, d, a, "k1", "k2", "k3")
-	if err := d.Leave(ctx, a.Peer); err != nil {
-		t.Fatal(err)
-	}
-	join(t, d, b)
-	publish(t, d, b, "k1")
-	same(t, "void entries", d.void, 2)
-	d.sweep()
-	same(t, "void entries after the sweep", d.void, 0)
-	same(t, "entries", len(d.entries), 1)
-	same(t, "owners", locate(t, d, "k1", "k2"), []string{"b", ""})
+	synctest.Test(t, func(t *testing.T) {
+		d := newMemory(t, Options{Now: newClock().Now})
+		a, b := node("a", 100), node("b", 100)
+		join(t, d, a)
+		publish(t, d, a, "k1", "k2", "k3")
+		if err := d.Leave(ctx, a.Peer); err != nil {
+			t.Fatal(err)
+		}
+		join(t, d, b)
+		publish(t, d, b, "k1")
+		same(t, "void entries", d.void, 2)
+		d.sweep()
+		same(t, "void entries after the sweep", d.void, 0)
+		same(t, "entries", len(d.entries), 1)
+		same(t, "owners", locate(t, d, "k1", "k2"), []string{"b", ""})
+	})
 }
 
 // A long sweep ends when the directory is closed.
 func TestCloseEndsSweep(t *testing.T) {
-	d := NewMemory(Options{Now: newClock().Now})
-	a := node("a", 100)
-	join(t, d, a)
-	for i := range 2 * step {
-		publish(t, d, a, fmt.Sprint(i))
-	}
-	if err := d.Leave(ctx, a.Peer); err != nil {
-		t.Fatal(err)
-	}
-	if err := d.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := d.Close(); err != nil {
-		t.Fatal(err)
-	}
-	d.sweep()
-	same(t, "void entries that are left", d.void, step)
+	synctest.Test(t, func(t *testing.T) {
+		d := NewMemory(Options{Now: newClock().Now})
+		a := node("a", 100)
+		join(t, d, a)
+		for i := range 2 * step {
+			publish(t, d, a, fmt.Sprint(i))
+		}
+		if err := d.Leave(ctx, a.Peer); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d.sweep()
+		same(t, "void entries that are left", d.void, step)
+	})
 }
 
 // Keys that are kept are copies: those of a request may be pieces of something large.
@@ -178,47 +182,49 @@ func TestConcurrentUse(t *testing.T) {
 
 // A listing and a sweep let others change the entries while they walk over them.
 func TestWalksDuringChanges(t *testing.T) {
-	d := newMemory(t, Options{Now: newClock().Now})
-	stays, comes := node("stays", 100), node("comes", 100)
-	join(t, d, stays)
-	var want []string
-	for i := range 2 * step {
-		want = append(want, fmt.Sprintf("stays/%06d", i))
-	}
-	publish(t, d, stays, want...)
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for i := 0; ; i++ {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			comes.Peer.Incarnation++
-			join(t, d, comes)
-			var keys []string
-			for j := range 500 {
-				keys = append(keys, fmt.Sprintf("comes/%06d", (i*500+j)%(4*step)))
-			}
-			publish(t, d, comes, keys...)
-			d.sweep()
+	synctest.Test(t, func(t *testing.T) {
+		d := newMemory(t, Options{Now: newClock().Now})
+		stays, comes := node("stays", 100), node("comes", 100)
+		join(t, d, stays)
+		var want []string
+		for i := range 2 * step {
+			want = append(want, fmt.Sprintf("stays/%06d", i))
 		}
+		publish(t, d, stays, want...)
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				comes.Peer.Incarnation++
+				join(t, d, comes)
+				var keys []string
+				for j := range 500 {
+					keys = append(keys, fmt.Sprintf("comes/%06d", (i*500+j)%(4*step)))
+				}
+				publish(t, d, comes, keys...)
+				d.sweep()
+			}
+		})
+		for range 5 {
+			reply, err := d.List(ctx, &ListRequest{Prefix: "stays/", Limit: 2 * step})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, e := range reply.Entries {
+				got = append(got, e.Key)
+			}
+			same(t, "keys that stay", got, want)
+		}
+		close(stop)
+		wg.Wait()
+		d.sweep()
+		same(t, "void entries", d.void, 0)
+		same(t, "entries", len(d.entries), 2*step+d.members[0].entries)
 	})
-	for range 5 {
-		reply, err := d.List(ctx, &ListRequest{Prefix: "stays/", Limit: 2 * step})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got []string
-		for _, e := range reply.Entries {
-			got = append(got, e.Key)
-		}
-		same(t, "keys that stay", got, want)
-	}
-	close(stop)
-	wg.Wait()
-	d.sweep()
-	same(t, "void entries", d.void, 0)
-	same(t, "entries", len(d.entries), 2*step+d.members[0].entries)
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -236,9 +237,9 @@ func waitQueued(r *rig, n int) {
 // waitUntil fails the test instead of letting it hang.
 func waitUntil(t *testing.T, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !holds(); time.Sleep(100 * time.Microsecond) {
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("it does not come about in 20 seconds")
+			t.Fatal("it does not come about")
 		}
 	}
 }
@@ -595,33 +596,35 @@ func TestEndpointFails(t *testing.T) {
 // TestBlackHole: a peer that does not answer delays nobody else, and its transfers go by another way when the time
 // for connecting is up.
 func TestBlackHole(t *testing.T) {
-	a, b := newFake("a", 4), newFake("b", 4)
-	connecting := make(chan struct{})
-	a.onEstablish = func(ctx context.Context, p backend.Peer) error {
-		if p == peerX {
-			close(connecting)
-			<-ctx.Done()
-			return ctx.Err()
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newFake("a", 4), newFake("b", 4)
+		connecting := make(chan struct{})
+		a.onEstablish = func(ctx context.Context, p backend.Peer) error {
+			if p == peerX {
+				close(connecting)
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
 		}
-		return nil
-	}
-	r := newRig(t, dispatch.Options{ConnectTimeout: 50 * time.Millisecond}, a, b)
-	j := r.job(backend.Write, peerX, 1, 1)
-	j.Remotes = append(j.Remotes, r.descriptor(peerY))
-	j.Plan.Groups[1].Remote = 1
-	ended := r.run(t.Context(), j)
-	receive(t, connecting)
-	p := a.next(t)
-	if p.s.e.peer != peerY {
-		t.Errorf("a transfer to %s", p.s.e.peer)
-	}
-	p.done()
-	b.next(t).done()
-	r.wait(ended)
-	r.check(j, outcomes(backend.Done, 2), dispatch.Result{Backend: 1, Attempts: 2}, dispatch.Result{Attempts: 1})
-	if !slices.Contains(r.policy.heard(), "failed 0 x: path down") {
-		t.Errorf("the policy hears %v", r.policy.heard())
-	}
+		r := newRig(t, dispatch.Options{ConnectTimeout: 50 * time.Millisecond}, a, b)
+		j := r.job(backend.Write, peerX, 1, 1)
+		j.Remotes = append(j.Remotes, r.descriptor(peerY))
+		j.Plan.Groups[1].Remote = 1
+		ended := r.run(t.Context(), j)
+		receive(t, connecting)
+		p := a.next(t)
+		if p.s.e.peer != peerY {
+			t.Errorf("a transfer to %s", p.s.e.peer)
+		}
+		p.done()
+		b.next(t).done()
+		r.wait(ended)
+		r.check(j, outcomes(backend.Done, 2), dispatch.Result{Backend: 1, Attempts: 2}, dispatch.Result{Attempts: 1})
+		if !slices.Contains(r.policy.heard(), "failed 0 x: path down") {
+			t.Errorf("the policy hears %v", r.policy.heard())
+		}
+	})
 }
 
 // TestCancelledWhileConnecting: the job ends at once; the connection is made all the same, for others.
@@ -696,78 +699,83 @@ func TestDeadlineInFlight(t *testing.T) {
 // TestJobDeadline: the job's own deadline ends it as the end of a context does. A later run with another deadline is
 // not ended by it.
 func TestJobDeadline(t *testing.T) {
-	errTooLate := errors.New("too late")
-	f := newFake("a", 1)
-	f.onCancel = func(p *posted) { p.fail(backend.Cancelled, backend.NotSent) }
-	r := newRig(t, dispatch.Options{}, f)
-	warm(r, f)
-	j := r.job(backend.Write, peerX, 1, 1) // one in flight, one in the queue
-	j.DeadlineCause = errTooLate
-	gone := dispatch.Result{Attempts: 1, Err: cancelled}
-	for range 3 {
-		j.Deadline = time.Now().Add(5 * time.Millisecond)
-		r.wait(r.run(t.Context(), j))
-		f.next(t)
-		r.check(j, outcomes(backend.NotSent, 2), gone, gone)
-		for _, res := range j.Results {
-			if !errors.Is(res.Err, errTooLate) {
-				t.Errorf("the error does not give the cause: %v", res.Err)
+	synctest.Test(t, func(t *testing.T) {
+		errTooLate := errors.New("too late")
+		f := newFake("a", 1)
+		f.onCancel = func(p *posted) { p.fail(backend.Cancelled, backend.NotSent) }
+		r := newRig(t, dispatch.Options{}, f)
+		warm(r, f)
+		j := r.job(backend.Write, peerX, 1, 1) // one in flight, one in the queue
+		j.DeadlineCause = errTooLate
+		gone := dispatch.Result{Attempts: 1, Err: cancelled}
+		for range 3 {
+			j.Deadline = time.Now().Add(5 * time.Millisecond)
+			r.wait(r.run(t.Context(), j))
+			f.next(t)
+			r.check(j, outcomes(backend.NotSent, 2), gone, gone)
+			for _, res := range j.Results {
+				if !errors.Is(res.Err, errTooLate) {
+					t.Errorf("the error does not give the cause: %v", res.Err)
+				}
+			}
+
+			j.Deadline = time.Now().Add(time.Hour)
+			ended := r.run(t.Context(), j)
+			f.next(t).done()
+			f.next(t).done()
+			r.wait(ended)
+			one := dispatch.Result{Attempts: 1}
+			r.check(j, outcomes(backend.Done, 2), one, one)
+		}
+
+		// It holds for connecting, too, and passes before the run as well as in it.
+		connecting, connect := make(chan struct{}), make(chan struct{})
+		f.onEstablish = func(context.Context, backend.Peer) error {
+			close(connecting)
+			<-connect
+			return nil
+		}
+		for _, d := range []time.Duration{5 * time.Millisecond, -time.Hour} {
+			j := r.job(backend.Write, peerY, 1)
+			j.Deadline, j.DeadlineCause = time.Now().Add(d), errTooLate
+			r.wait(r.run(t.Context(), j))
+			r.check(j, outcomes(backend.NotSent, 1), gone)
+			if !errors.Is(j.Results[0].Err, errTooLate) {
+				t.Errorf("the error does not give the cause: %v", j.Results[0].Err)
 			}
 		}
-
-		j.Deadline = time.Now().Add(time.Hour)
-		ended := r.run(t.Context(), j)
-		f.next(t).done()
-		f.next(t).done()
-		r.wait(ended)
-		one := dispatch.Result{Attempts: 1}
-		r.check(j, outcomes(backend.Done, 2), one, one)
-	}
-
-	// It holds for connecting, too, and passes before the run as well as in it.
-	connecting, connect := make(chan struct{}), make(chan struct{})
-	f.onEstablish = func(context.Context, backend.Peer) error {
-		close(connecting)
-		<-connect
-		return nil
-	}
-	for _, d := range []time.Duration{5 * time.Millisecond, -time.Hour} {
-		j := r.job(backend.Write, peerY, 1)
-		j.Deadline, j.DeadlineCause = time.Now().Add(d), errTooLate
-		r.wait(r.run(t.Context(), j))
-		r.check(j, outcomes(backend.NotSent, 1), gone)
-		if !errors.Is(j.Results[0].Err, errTooLate) {
-			t.Errorf("the error does not give the cause: %v", j.Results[0].Err)
-		}
-	}
-	receive(t, connecting)
-	close(connect)
+		receive(t, connecting)
+		close(connect)
+	})
 }
 
 // TestShortOutage: a group waits for the end of an outage that is nearly over, and for no longer one.
 func TestShortOutage(t *testing.T) {
-	down := func(d time.Duration) *selector.Choice {
-		return &selector.Choice{Until: time.Now().Add(d), Candidates: []selector.Candidate{{Backend: "a", Down: true, Reason: "down: refused"}}}
-	}
+	const ever = 0 // nobody knows how long it lasts
 	one, none := dispatch.Result{Attempts: 1}, dispatch.Result{Backend: -1, Err: pathDown}
 	for name, tc := range map[string]struct {
-		choices []*selector.Choice // before the one that is good
-		want    dispatch.Result
+		lasts []time.Duration // from the start, as the policy says before it makes the choice that is good
+		want  dispatch.Result
 	}{
-		"it ends":          {[]*selector.Choice{down(10 * time.Millisecond)}, one},
-		"it is over":       {[]*selector.Choice{down(-time.Second)}, one},
-		"it does not end":  {[]*selector.Choice{down(10 * time.Millisecond), down(10 * time.Millisecond)}, none},
-		"it will not soon": {[]*selector.Choice{down(time.Hour)}, none},
-		"nobody knows":     {[]*selector.Choice{{Candidates: down(0).Candidates}}, none},
+		"it ends":          {[]time.Duration{10 * time.Millisecond}, one},
+		"it is over":       {[]time.Duration{-time.Second}, one},
+		"it does not end":  {[]time.Duration{10 * time.Millisecond, 20 * time.Millisecond}, none},
+		"it will not soon": {[]time.Duration{time.Hour}, none},
+		"nobody knows":     {[]time.Duration{ever}, none},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(name, inBubble(func(t *testing.T) {
 			f := newFake("a", 4)
 			r := newRig(t, dispatch.Options{}, f)
-			choices := tc.choices
-			r.policy.before = func(q selector.Query) (c *selector.Choice) {
-				if len(choices) > 0 && q.Remote.Peer == peerX {
-					c, choices = choices[0], choices[1:]
+			start, lasts := time.Now(), tc.lasts
+			r.policy.before = func(q selector.Query) *selector.Choice {
+				if len(lasts) == 0 || q.Remote.Peer != peerX {
+					return nil
 				}
+				c := &selector.Choice{Candidates: []selector.Candidate{{Backend: "a", Down: true, Reason: "down: refused"}}}
+				if lasts[0] != ever {
+					c.Until = start.Add(lasts[0])
+				}
+				lasts = lasts[1:]
 				return c
 			}
 			j := r.job(backend.Write, peerX, 1, 1)
@@ -787,26 +795,28 @@ func TestShortOutage(t *testing.T) {
 			if tc.want.Err != nil && !strings.Contains(j.Results[0].Err.Error(), "a: down: refused") {
 				t.Errorf("the error does not give the reason: %v", j.Results[0].Err)
 			}
-		})
+		}))
 	}
 }
 
 // TestCancelledInAnOutage does not wait for its end.
 func TestCancelledInAnOutage(t *testing.T) {
-	f := newFake("a", 1)
-	r := newRig(t, dispatch.Options{}, f)
-	asked := make(chan struct{}, 1)
-	r.policy.before = func(q selector.Query) *selector.Choice {
-		asked <- struct{}{}
-		return &selector.Choice{Until: q.Now.Add(200 * time.Millisecond), Candidates: []selector.Candidate{{Backend: "a", Down: true, Reason: "down"}}}
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	j := r.job(backend.Write, peerX, 1)
-	ended := r.run(ctx, j)
-	receive(t, asked)
-	cancel()
-	r.wait(ended)
-	r.check(j, outcomes(backend.NotSent, 1), dispatch.Result{Backend: -1, Err: cancelled})
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake("a", 1)
+		r := newRig(t, dispatch.Options{}, f)
+		asked := make(chan struct{}, 1)
+		r.policy.before = func(q selector.Query) *selector.Choice {
+			asked <- struct{}{}
+			return &selector.Choice{Until: q.Now.Add(200 * time.Millisecond), Candidates: []selector.Candidate{{Backend: "a", Down: true, Reason: "down"}}}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		j := r.job(backend.Write, peerX, 1)
+		ended := r.run(ctx, j)
+		receive(t, asked)
+		cancel()
+		r.wait(ended)
+		r.check(j, outcomes(backend.NotSent, 1), dispatch.Result{Backend: -1, Err: cancelled})
+	})
 }
 
 // TestCancelledInTheQueue: a group that waits for its turn ends at once, and others keep theirs.
@@ -869,24 +879,25 @@ func TestCancelledBetweenQueueAndBackend(t *testing.T) {
 // TestCancelledBeforePostReturns: the backend does not know the transfer yet when its job is cancelled. It is told
 // when it does.
 func TestCancelledBeforePostReturns(t *testing.T) {
-	f := newFake("a", 1)
-	posting, answer := make(chan struct{}), make(chan error)
-	f.onPost = func(*posted) error {
-		close(posting)
-		return <-answer
-	}
-	f.onCancel = func(p *posted) { p.fail(backend.Cancelled, backend.NotSent) }
-	r := newRig(t, dispatch.Options{}, f)
-	ctx, cancel := context.WithCancel(t.Context())
-	j := r.job(backend.Write, peerX, 1)
-	ended := r.run(ctx, j)
-	receive(t, posting)
-	cancel()
-	waitUntil(t, func() bool { return dispatch.Cancelled(j) })
-	time.Sleep(time.Millisecond) // so that the first request to cancel is most likely through
-	answer <- nil
-	r.wait(ended)
-	r.check(j, outcomes(backend.NotSent, 1), dispatch.Result{Attempts: 1, Err: cancelled})
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake("a", 1)
+		posting, answer := make(chan struct{}), make(chan error)
+		f.onPost = func(*posted) error {
+			close(posting)
+			return <-answer
+		}
+		f.onCancel = func(p *posted) { p.fail(backend.Cancelled, backend.NotSent) }
+		r := newRig(t, dispatch.Options{}, f)
+		ctx, cancel := context.WithCancel(t.Context())
+		j := r.job(backend.Write, peerX, 1)
+		ended := r.run(ctx, j)
+		receive(t, posting)
+		cancel()
+		synctest.Wait() // until the first request to cancel is through
+		answer <- nil
+		r.wait(ended)
+		r.check(j, outcomes(backend.NotSent, 1), dispatch.Result{Attempts: 1, Err: cancelled})
+	})
 }
 
 // TestCancelledInABusyPost: the group that held the only credit is taken back; the one that waits for it gets it.

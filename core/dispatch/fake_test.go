@@ -1,11 +1,13 @@
 package dispatch_test
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -239,14 +241,23 @@ func (f *fake) nothing(t *testing.T) {
 	}
 }
 
+// patience is how long a test waits for what must happen, and how long the dispatchers of tests wait that are not about
+// that: a machine may be so busy that a process stands still for seconds.
+const patience = time.Minute
+
+// inBubble makes a subtest that has a time of its own, which passes only while all of it waits.
+func inBubble(f func(t *testing.T)) func(t *testing.T) {
+	return func(t *testing.T) { synctest.Test(t, f) }
+}
+
 // receive fails the test instead of letting it hang.
 func receive[T any](t *testing.T, c <-chan T) T {
 	t.Helper()
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(20 * time.Second):
-		t.Fatal("nothing came in 20 seconds")
+	case <-time.After(patience):
+		t.Fatal("nothing came")
 		panic("unreachable")
 	}
 }
@@ -308,6 +319,7 @@ func newRig(t *testing.T, opts dispatch.Options, fakes ...*fake) *rig {
 		r.policy.choice.Order = append(r.policy.choice.Order, i)
 	}
 	opts.Select = r.policy
+	opts.ConnectTimeout, opts.QuietTimeout = cmp.Or(opts.ConnectTimeout, patience), cmp.Or(opts.QuietTimeout, patience)
 	if opts.Carry == nil {
 		opts.Carry = func(context.Context, backend.Peer, string, []byte) ([]byte, map[backend.RegionID][]byte, error) {
 			return nil, nil, nil

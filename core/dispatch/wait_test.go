@@ -27,12 +27,10 @@ func newWaiting(before func() error) (*fake, *atomic.Int32) {
 
 // TestWhoWaits: the goroutine of Run is lent to a backend where it has nothing else to do, and nothing else is due.
 func TestWhoWaits(t *testing.T) {
-	over, cancel := context.WithCancel(t.Context())
-	cancel()
 	for name, tc := range map[string]struct {
 		groups   int
 		to       backend.Peer
-		ctx      context.Context
+		over     bool          // the context is
 		deadline time.Duration // of the job, unless it is zero
 		limit    time.Duration // of the context, unless it is zero
 		want     int32
@@ -43,9 +41,9 @@ func TestWhoWaits(t *testing.T) {
 		"far deadline":         {groups: 1, deadline: time.Hour, limit: time.Hour, want: 1},
 		"near deadline":        {groups: 1, deadline: backend.MaxPostWait / 2, limit: time.Hour},
 		"near end of context":  {groups: 1, deadline: time.Hour, limit: backend.MaxPostWait / 2},
-		"context that is over": {groups: 1, ctx: over},
+		"context that is over": {groups: 1, over: true},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(name, inBubble(func(t *testing.T) {
 			f, calls := newWaiting(nil)
 			r := newRig(t, dispatch.Options{}, f)
 			warm(r, f)
@@ -54,9 +52,10 @@ func TestWhoWaits(t *testing.T) {
 				p.done()
 				return nil
 			}
-			ctx := t.Context()
-			if tc.ctx != nil {
-				ctx = tc.ctx
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if tc.over {
+				cancel()
 			}
 			if tc.limit != 0 {
 				var cancel context.CancelFunc
@@ -79,7 +78,7 @@ func TestWhoWaits(t *testing.T) {
 				t.Errorf("PostWait is called %d times, want %d", n, tc.want)
 			}
 			r.check(j, nil, want...)
-		})
+		}))
 	}
 }
 

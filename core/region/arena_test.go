@@ -161,7 +161,7 @@ func TestArenaLeaksNothing(t *testing.T) {
 			t.Fatal("populated with a context that has ended")
 		}
 	}
-	if after, mappings := count(); after != descriptors || mappings != 0 {
+	if after, mappings := count(); after > descriptors || mappings != 0 { // fewer, where those of an earlier test are collected
 		t.Errorf("%d descriptors before, %d after; %d mappings are left", descriptors, after, mappings)
 	}
 }

@@ -129,7 +129,7 @@ func (s *sink) next(t *testing.T) backend.Completion {
 	select {
 	case c := <-s.c:
 		return c
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("no completion")
 		return backend.Completion{}
 	}

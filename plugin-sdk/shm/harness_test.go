@@ -81,6 +81,12 @@ func eventfd(t testing.TB) *os.File {
 // holdings are what a process holds of the kernel.
 type holdings struct{ files, mappings int }
 
+// leak tells whether there is more of anything than before. There may be less: what an earlier test has left to the
+// garbage collector goes at some time.
+func (h holdings) leak(before holdings) bool {
+	return h.files > before.files || h.mappings > before.mappings
+}
+
 func held(t testing.TB) (h holdings) {
 	t.Helper()
 	files, err := os.ReadDir("/proc/self/fd")

@@ -106,7 +106,7 @@ func TestPutGet(t *testing.T) {
 				t.Fatal(err)
 			}
 			node := exec.Command(filepath.Join(bin, "umbp"), "serve", "-c", config, "--node.listen", "127.0.0.1:0",
-				"--node.http", "", "--pool.size", "8MiB")
+				"--node.http", "", "--pool.size", "8MiB", "--directory.lease", "10m")
 			log, err := node.StderrPipe()
 			if err != nil {
 				t.Fatal(err)

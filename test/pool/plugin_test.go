@@ -47,8 +47,9 @@ func TestPluginKilled(t *testing.T) {
 	for _, way := range shmTCP {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()
-			dir, _, b, socketDir := newPool(t, asProcess, func(a, b *role) {
-				a.PoolSize = 4096 // so that all goes to b
+			dir, _, b, socketDir := newPool(t, asProcess, patience, func(a, b *role) {
+				a.PoolSize = 4096     // so that all goes to b
+				b.PoolSize = 64 << 20 // what is in doubt takes room until it is fenced
 				a.Backends, b.Backends = []string{way}, []string{way}
 			})
 			c := connect(t, asProcess, dir.Control, socketDir, way)
@@ -115,7 +116,7 @@ func TestPluginKilled(t *testing.T) {
 // TestPluginRestart restarts the backend of a node as its operator does: nothing fails for a client that waits.
 func TestPluginRestart(t *testing.T) {
 	t.Parallel()
-	dir, _, b, _ := newPool(t, asProcess, func(a, _ *role) { a.PoolSize = 4096 })
+	dir, _, b, _ := newPool(t, asProcess, patience, func(a, _ *role) { a.PoolSize = 4096 })
 	c := connect(t, asProcess, dir.Control, "", tcpOnly...)
 	node := operator(t, b)
 	list := c.items("list", sizes[1:]...)
@@ -140,10 +141,22 @@ func TestPluginRestart(t *testing.T) {
 	if s := pluginOf(t, node); s == nil || s.Restarts != 1 {
 		t.Errorf("the node's plugin: %+v", s)
 	}
-	// Memory that is registered while no process runs is registered with the next one.
+	// Memory that is registered while no process runs is registered with the next one, unless that takes too long to come.
 	if err := syscall.Kill(c.engine.BackendStates()[0].Process.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, func() bool {
+		buf, err := c.Alloc(t.Context(), 4096)
+		if err == nil {
+			err = buf.Close(t.Context())
+		} else if backend.CodeOf(err) == backend.PathDown {
+			return false
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return true
+	})
 	late := c.items("late", 100_000, 100_000)
 	is(t, core.Stored, c.BatchPut(t.Context(), late)...)
 	c.same(late)

@@ -46,7 +46,7 @@ func connect(t *testing.T, mode, directoryAddress, sockets string, backends ...s
 	c := &client{t: t, engine: engine, directory: directory.NewClient(conn)}
 	c.PoolClient, err = core.NewPoolClient(t.Context(), core.ClientOptions{
 		Engine: engine, Directory: c.directory, Dial: core.DialControl(nil), StagingSize: 2 << 20,
-		Tuning: core.Tuning{Verify: core.VerifyAll},
+		Tuning: core.Tuning{Verify: core.VerifyAll, Timeout: patience},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -168,9 +168,9 @@ func paths(results []core.Result) map[string]int {
 // eventually fails the test instead of letting it hang.
 func eventually(t *testing.T, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(25 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); !holds(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("it does not come about in 25 seconds")
+			t.Fatal("it does not come about")
 		}
 	}
 }
@@ -180,8 +180,8 @@ func receive[T any](t *testing.T, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(25 * time.Second):
-		t.Fatal("nothing came in 25 seconds")
+	case <-time.After(patience):
+		t.Fatal("nothing came")
 		panic("unreachable")
 	}
 }
@@ -204,11 +204,12 @@ var (
 )
 
 // newPool starts a directory and two nodes, a and b, and returns them. The changes apply to the node's roles.
-func newPool(t *testing.T, mode string, change ...func(a, b *role)) (dir, a, b *process, socketDir string) {
+func newPool(t *testing.T, mode string, lease time.Duration, change ...func(a, b *role)) (dir, a, b *process, socketDir string) {
 	t.Helper()
 	socketDir = sockets(t)
-	dir = start(t, role{Listen: "127.0.0.1:0", Lease: time.Second})
-	ra := role{Listen: "127.0.0.1:0", Directory: dir.Control, Node: "a", Backends: tcpOnly, Data: "127.0.0.1:0", Sockets: socketDir, PoolSize: 16 << 20, Mode: mode}
+	anyPort := net.JoinHostPort(ownHost(), "0")
+	dir = start(t, role{Listen: anyPort, Lease: lease})
+	ra := role{Listen: anyPort, Directory: dir.Control, Node: "a", Backends: tcpOnly, Data: anyPort, Sockets: socketDir, PoolSize: 16 << 20, Mode: mode}
 	rb := ra
 	rb.Node = "b"
 	for _, f := range change {
@@ -244,7 +245,7 @@ var sizes = []int{1, 4095, 4096, 4097, 12_289, 100_000, 300_001, 7, 65_536, 200_
 // testMixedFleet: one node has shared memory and tcp, the other tcp alone. The same holds for the clients. Everyone
 // gets everything, by the best way that they share.
 func testMixedFleet(t *testing.T, mode string) {
-	dir, _, _, socketDir := newPool(t, mode, func(a, _ *role) { a.Backends = shmTCP })
+	dir, _, _, socketDir := newPool(t, mode, patience, func(a, _ *role) { a.Backends = shmTCP })
 	rich := connect(t, mode, dir.Control, socketDir, shmTCP...)
 	poor := connect(t, mode, dir.Control, "", tcpOnly...)
 	for i, c := range []*client{rich, poor} {
@@ -267,7 +268,7 @@ func testMixedFleet(t *testing.T, mode string) {
 
 // testPoolFull over real processes: what has no room fails alone.
 func testPoolFull(t *testing.T, mode string) {
-	dir, _, _, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.PoolSize = 1<<20, 1<<20 })
+	dir, _, _, _ := newPool(t, mode, patience, func(a, b *role) { a.PoolSize, b.PoolSize = 1<<20, 1<<20 })
 	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("full", slices.Repeat([]int{300_000}, 8)...) // three fit on each node
 	var stored []core.Item
@@ -292,8 +293,8 @@ func testNodeKilled(t *testing.T, mode string) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			var p *proxy
-			dir, _, b, _ := newPool(t, mode, func(_, b *role) {
-				b.Data = freePort(t)
+			dir, _, b, _ := newPool(t, mode, briefly, func(_, b *role) {
+				b.Data = freePort(t, b.host())
 				p = newProxy(t, b.Data)
 				b.Announce = p.address()
 			})
@@ -343,13 +344,15 @@ func testNodeKilled(t *testing.T, mode string) {
 				nodes, err := c.directory.Nodes(t.Context())
 				return err == nil && len(nodes) == 1
 			})
-			for i, r := range c.BatchGet(t.Context(), c.into(before)) {
-				want := core.Found
-				if beforeAt[i].Path.Node == "b" {
-					want = core.Missing
+			left := c.into(before)
+			eventually(t, func() bool { // a may have been late to sign on, too
+				for i, r := range c.BatchGet(t.Context(), left) {
+					if (r.Status == core.Found) != (beforeAt[i].Path.Node == "a") || r.Status != core.Found && r.Status != core.Missing {
+						return false
+					}
 				}
-				is(t, want, r)
-			}
+				return true
+			})
 			is(t, core.Stored, c.BatchPut(t.Context(), c.items("after", sizes...))...)
 		})
 	}
@@ -358,9 +361,9 @@ func testNodeKilled(t *testing.T, mode string) {
 // testConnectionCut cuts the connection in the middle of a frame. The transfer is sent again.
 func testConnectionCut(t *testing.T, mode string) {
 	var p *proxy
-	dir, _, _, _ := newPool(t, mode, func(a, b *role) {
+	dir, _, _, _ := newPool(t, mode, patience, func(a, b *role) {
 		a.PoolSize = 4096 // so that all goes to b
-		b.Data = freePort(t)
+		b.Data = freePort(t, b.host())
 		p = newProxy(t, b.Data)
 		b.Announce = p.address()
 	})
@@ -390,7 +393,7 @@ func testConnectionCut(t *testing.T, mode string) {
 // testDirectoryRestarts: the directory is killed and comes back empty at the same address. The nodes tell it what
 // they hold.
 func testDirectoryRestarts(t *testing.T, mode string) {
-	dir, _, _, _ := newPool(t, mode)
+	dir, _, _, _ := newPool(t, mode, briefly)
 	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("key", sizes...)
 	is(t, core.Stored, c.BatchPut(t.Context(), list)...)
@@ -400,7 +403,7 @@ func testDirectoryRestarts(t *testing.T, mode string) {
 			t.Errorf("without a directory: %+v", r)
 		}
 	}
-	start(t, role{Listen: dir.Control, Lease: time.Second})
+	dir.restart()
 	var keys []string
 	for _, it := range list {
 		keys = append(keys, it.Key)
@@ -416,7 +419,7 @@ func testDirectoryRestarts(t *testing.T, mode string) {
 // testNodeRestarts: a node is killed and comes back on the same ports, with another incarnation. Clients that knew it
 // go on without a restart, and what they knew of its memory is refused.
 func testNodeRestarts(t *testing.T, mode string) {
-	dir, _, b, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
+	dir, _, b, _ := newPool(t, mode, patience, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t, b.host()) })
 	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	list := c.items("key", sizes[1:]...)
 	for range 2 {
@@ -468,7 +471,7 @@ func testNodeRestarts(t *testing.T, mode string) {
 
 // testIdleGap: connections that have been silent for longer than their keepalive are good.
 func testIdleGap(t *testing.T, mode string) {
-	dir, _, _, socketDir := newPool(t, mode, func(a, _ *role) { a.Backends = shmTCP })
+	dir, _, _, socketDir := newPool(t, mode, patience, func(a, _ *role) { a.Backends = shmTCP })
 	c := connect(t, mode, dir.Control, socketDir, shmTCP...)
 	list := c.items("key", sizes...)
 	is(t, core.Stored, c.BatchPut(t.Context(), list)...)
@@ -482,7 +485,7 @@ func testIdleGap(t *testing.T, mode string) {
 
 // testWrongSecret: who does not have the secret that the control plane hands out gets nothing, whatever they send.
 func testWrongSecret(t *testing.T, mode string) {
-	dir, _, b, _ := newPool(t, mode, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t) })
+	dir, _, b, _ := newPool(t, mode, patience, func(a, b *role) { a.PoolSize, b.Data = 4096, freePort(t, b.host()) })
 	c := connect(t, mode, dir.Control, "", tcpOnly...)
 	value := bytes.Repeat([]byte("a secret value! "), 512)
 	is(t, core.Stored, c.Put(t.Context(), "key", value))
@@ -512,7 +515,7 @@ func testWrongSecret(t *testing.T, mode string) {
 			if sent == nil {
 				conn.(*net.TCPConn).CloseWrite()
 			}
-			conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+			conn.SetReadDeadline(time.Now().Add(connectTimeout + patience))
 			got, err := io.ReadAll(conn)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("%s: the connection is left open", name)
@@ -570,7 +573,7 @@ func (f forged) Answer(ctx context.Context, req *peer.AnswerRequest) (*peer.Answ
 
 // testLeaving: a node that leaves in good order is gone at once, with its values.
 func testLeaving(t *testing.T, mode string) {
-	dir, _, b, socketDir := newPool(t, mode, func(a, b *role) { a.Backends, b.Backends = shmTCP, shmTCP })
+	dir, _, b, socketDir := newPool(t, mode, patience, func(a, b *role) { a.Backends, b.Backends = shmTCP, shmTCP })
 	c := connect(t, mode, dir.Control, socketDir, shmTCP...)
 	list := c.items("key", slices.Repeat(sizes, 2)...)
 	results := c.BatchPut(t.Context(), list)

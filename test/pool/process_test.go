@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -53,6 +54,14 @@ const (
 )
 
 const pluginPrefix = "umbp-plugin-"
+
+// patience is how long a test waits for what must happen, and how long the processes wait for each other where the test
+// is not about that: a machine may be so busy that a process stands still for seconds.
+const patience = time.Minute
+
+// briefly is for how long a node stays a member without a sign of life where a test waits for the end of that. A node signs
+// on three times as often.
+const briefly = 10 * time.Second
 
 // plugins is the folder of the plugins.
 var plugins string
@@ -98,6 +107,9 @@ func makePlugins() (remove func(), err error) {
 	return func() { os.RemoveAll(plugins) }, nil
 }
 
+// connectTimeout is how long the tcp backend waits for the greeting of a peer.
+const connectTimeout = 10 * time.Second
+
 // role says what a process does.
 type role struct {
 	Listen    string // of the control plane
@@ -112,7 +124,12 @@ type role struct {
 	Announce string // tcp: where to be reached; empty for Data
 	Sockets  string // shm: directory of the sockets
 	PoolSize uint64
-	LeaseTTL time.Duration
+}
+
+// host returns the address that the process serves at, without the port.
+func (r *role) host() string {
+	host, _, _ := net.SplitHostPort(r.Listen)
+	return host
 }
 
 // ready is what a process tells when it serves.
@@ -153,7 +170,7 @@ func play(text string) error {
 	if r.Node != "" {
 		plugins = r.Plugins
 		engine, err := newEngine(ctx, r.Mode, r.Node, r.Backends, map[string]map[string]string{
-			"tcp": {"listen": r.Data, "advertise": r.Announce, "connect_timeout": "2s"}, "shm": {"socket_dir": r.Sockets},
+			"tcp": {"listen": r.Data, "advertise": r.Announce, "connect_timeout": connectTimeout.String()}, "shm": {"socket_dir": r.Sockets},
 		})
 		if err != nil {
 			return err
@@ -161,7 +178,7 @@ func play(text string) error {
 		defer engine.Close()
 		if node, err = core.NewNode(ctx, engine, core.NodeOptions{
 			Directory: dir, Address: server.Address(), PoolSize: r.PoolSize, PageSize: 4096, HugePages: region.HugePagesOff,
-			Limits: peer.Limits{LeaseTTL: r.LeaseTTL},
+			Limits: peer.Limits{SlotTTL: patience, LeaseTTL: patience},
 		}); err != nil {
 			return err
 		}
@@ -189,11 +206,12 @@ func play(text string) error {
 
 // newEngine opens the backends named, in the order of preference.
 func newEngine(ctx context.Context, mode, name string, backends []string, options map[string]map[string]string) (*core.Engine, error) {
-	opts := core.EngineOptions{Node: name, Rules: []selector.Rule{{Prefer: backends[:1], Allow: backends[1:]}}, ConnectTimeout: 2 * time.Second}
+	opts := core.EngineOptions{Node: name, Rules: []selector.Rule{{Prefer: backends[:1], Allow: backends[1:]}}, ConnectTimeout: patience}
 	for _, b := range backends {
 		spec := host.Spec{Factory: factory(b), Options: options[b]}
 		if mode == asProcess {
-			spec.Process = &host.ProcessSpec{Name: b, Path: filepath.Join(plugins, pluginPrefix+b), Env: []string{raceVariable}}
+			spec.Process = &host.ProcessSpec{Name: b, Path: filepath.Join(plugins, pluginPrefix+b), Env: []string{raceVariable},
+				Timing: host.Timing{PingTimeout: patience}}
 		}
 		opts.Backends = append(opts.Backends, spec)
 	}
@@ -270,6 +288,12 @@ func (p *process) restart() *process {
 	p.t.Helper()
 	p.kill()
 	r := p.role
+	if r.Data != "" { // a plugin dies with its host, and a moment later
+		eventually(p.t, func() bool {
+			l, err := net.Listen("tcp", r.Data)
+			return err == nil && l.Close() == nil
+		})
+	}
 	r.Listen = p.Control
 	return start(p.t, r)
 }
@@ -283,10 +307,15 @@ func (p *process) stop() {
 	}
 }
 
-// freePort returns an address whose port is free at present.
-func freePort(t *testing.T) string {
+// ownHost returns an address of this host that nobody else has ports at: one that is free there stays so.
+func ownHost() string {
+	return fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
+}
+
+// freePort returns an address with a port that is free there.
+func freePort(t *testing.T, host string) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
