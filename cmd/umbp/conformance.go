@@ -119,7 +119,7 @@ command line is wrong, or names places between which the plugin does not claim t
 	flags.BoolVar(&f.stream, "stream", false, "take the plain data path, also where the plugin can use queues in shared memory")
 	flags.BoolVar(&f.nearEndOnly, "near-end-only", false, "leave out what needs a far end: for a backend that moves no bytes")
 	flags.BoolVar(&f.insecure, "insecure", false, "let the backend listen beyond this host without credentials")
-	flags.DurationVar(&f.patience, "patience", 20*time.Second, "how long a case waits for something that must happen")
+	flags.DurationVar(&f.patience, "patience", conformance.DefaultPatience, "how long a case waits for something that must happen")
 	flags.StringVar(&f.near, "memory", "host", "`place` of the initiator's memory: "+placeHelp)
 	flags.StringVar(&f.far, "far-memory", "", "`place` of the target's memory; as --memory when it is not given")
 	config.AddFlags(flags, "gpu.runtime", "gpu.library")

@@ -25,6 +25,9 @@ import (
 	"github.com/umbp/umbp/plugin-sdk/backend"
 )
 
+// DefaultPatience is so long that a machine that is only busy fails no case.
+const DefaultPatience = time.Minute
+
 // Harness says how to open the backend that is tried. Only Factory is needed.
 type Harness struct {
 	Factory backend.Factory
@@ -41,8 +44,8 @@ type Harness struct {
 	// when it is nil. A harness tries one pair of places: a backend that moves bytes between GPUs, or between a GPU and
 	// the host, needs one for each pair. See GPUMemory.
 	NewMemory, NewFarMemory func(size int) (Memory, error)
-	// Patience is how long a case waits for something that must happen; a minute when it is zero, so that a machine that
-	// is only busy fails no case. A call to the backend is given up after twice that time.
+	// Patience is how long a case waits for something that must happen; DefaultPatience when it is zero. A call to the
+	// backend is given up after twice that time.
 	Patience time.Duration
 	// NearEndOnly is for a backend that moves no bytes and knows no far end: memory is not compared, and the cases
 	// that need a target are left out.
@@ -72,7 +75,7 @@ func (h Harness) withDefaults() Harness {
 		h.NewFarMemory = h.NewMemory
 	}
 	if h.Patience == 0 {
-		h.Patience = time.Minute
+		h.Patience = DefaultPatience
 	}
 	if h.Process == nil {
 		h.Process = func(backend.Backend) Process { return nil }
