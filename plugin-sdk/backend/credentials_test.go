@@ -127,7 +127,7 @@ func connect(t *testing.T) (near, far net.Conn) {
 }
 
 func exchange(c *tls.Conn) error {
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	if err := c.Handshake(); err != nil {
 		return err
 	}

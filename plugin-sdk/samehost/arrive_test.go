@@ -64,8 +64,7 @@ func TestAdmitRefuses(t *testing.T) {
 	moverOf(i).admit = func(backend.Memory) error { return backend.Errorf(backend.Unsupported, "no room on the device") }
 	own := memory(t, 7, 4096, all)
 	_, err := i.Register(soon(t), own)
-	wantCode(t, err, backend.Unsupported)
-	wantText(t, err, "copy: register: unsupported: no room on the device (region 7)")
+	wantCode(t, err, backend.Unsupported, "copy: register: unsupported: no room on the device (region 7)")
 	moverOf(i).admit = nil
 	register(t, i, own) // nothing of the first attempt is left
 }
@@ -81,15 +80,13 @@ func TestJoinRefuses(t *testing.T) {
 			}
 			return backend.Errorf(backend.Unsupported, "the devices see each other not at all")
 		}
-		_, err := e.Session(soon(t), 1, remote, newSink())
-		wantCode(t, err, backend.Unsupported)
-		wantText(t, err, "copy: session: unsupported: the devices see each other not at all (peer b@2, region 2)")
+		_, err := e.Session(soon(t), 1, remote, new(sink))
+		wantCode(t, err, backend.Unsupported, "copy: session: unsupported: the devices see each other not at all (peer b@2, region 2)")
 		if len(e.sessions) != 0 {
 			t.Error("a session that was refused is kept")
 		}
 		moverOf(a).join = nil
-		_, err = e.Session(soon(t), 1, remote, newSink())
-		must(t, err)
+		bind(t, e, 1, remote, new(sink))
 	})
 }
 
@@ -122,7 +119,7 @@ func TestJoinEnds(t *testing.T) {
 				ctx, cancel := context.WithCancel(soon(t))
 				defer cancel()
 				go func() {
-					_, err := e.Session(ctx, 1, remote, newSink())
+					_, err := e.Session(ctx, 1, remote, new(sink))
 					failed <- err
 				}()
 				<-joining
@@ -151,7 +148,7 @@ func TestSlowMap(t *testing.T) {
 	}
 	failed := make(chan error, 1)
 	go func() {
-		_, err := e.Session(soon(t), 1, remote, newSink())
+		_, err := e.Session(soon(t), 1, remote, new(sink))
 		failed <- err
 	}()
 	<-mapping
@@ -175,12 +172,10 @@ func TestMapRefuses(t *testing.T) {
 	remote := register(t, b, memory(t, 2, 4096, all))
 	e := connect(t, a, b.self, b)
 	moverOf(a).mapIn = func(context.Context) error { return backend.Errorf(backend.Unsupported, "no handles left") }
-	_, err := e.Session(soon(t), 1, remote, newSink())
-	wantCode(t, err, backend.Unsupported)
-	wantText(t, err, "copy: session: unsupported: no handles left (peer b@2, region 2)")
+	_, err := e.Session(soon(t), 1, remote, new(sink))
+	wantCode(t, err, backend.Unsupported, "copy: session: unsupported: no handles left (peer b@2, region 2)")
 	moverOf(a).mapIn = nil
-	_, err = e.Session(soon(t), 1, remote, newSink())
-	must(t, err)
+	bind(t, e, 1, remote, new(sink))
 }
 
 // TestDeregisterGivesUp deregisters a region while a transfer uses it that does not end.
@@ -188,25 +183,23 @@ func TestDeregisterGivesUp(t *testing.T) {
 	eachWay(t, func(t *testing.T, a, b *Instance) {
 		register(t, a, memory(t, 1, 4096, 0))
 		remote := register(t, b, memory(t, 2, 4096, all))
-		k := newSink()
-		s, err := connect(t, a, b.self, b).Session(soon(t), 1, remote, k)
-		must(t, err)
+		k := new(sink)
+		s := bind(t, connect(t, a, b.self, b), 1, remote, k)
 		m := moverOf(a)
 		m.hold(t)
 		must(t, post(s, backend.Write, 1, backend.Segment{Length: 4096}))
 		for range 2 {
 			err := a.Deregister(briefly(t), 1)
-			wantCode(t, err, backend.Cancelled)
-			wantText(t, err, "transfers still use the region")
+			wantCode(t, err, backend.Cancelled, "transfers still use the region")
 			wantCode(t, b.Deregister(briefly(t), 2), backend.Cancelled)
 		}
 		if moverOf(a).open() == 0 || moverOf(b).open() == 0 {
 			t.Error("a region is closed while a transfer uses it")
 		}
-		_, err = a.Register(soon(t), memory(t, 1, 4096, 0))
+		_, err := a.Register(soon(t), memory(t, 1, 4096, 0))
 		wantCode(t, err, backend.BadRequest) // it is still there
 		m.step(t)
-		k.wait(t, 1)
+		k.Wait(t, 1)
 		must(t, a.Deregister(soon(t), 1))
 		must(t, b.Deregister(soon(t), 2))
 		if moverOf(b).open() != 0 {

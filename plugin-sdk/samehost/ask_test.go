@@ -76,7 +76,7 @@ func TestAsk(t *testing.T) {
 				t.Errorf("%.10q: got %q and %v, want %q and code %q", c.question, got, err, c.answer, c.code)
 			}
 			if c.code != 0 {
-				wantText(t, err, c.text)
+				wantCode(t, err, c.code, c.text)
 			}
 		}
 		must(t, e.Close())

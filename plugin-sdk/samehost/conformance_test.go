@@ -12,23 +12,20 @@ import (
 func TestConformance(t *testing.T) {
 	for _, way := range []string{"one process", "two processes"} {
 		t.Run(way, func(t *testing.T) {
+			f := testFactory()
+			if way == "two processes" {
+				f = testFactory(func(s *Settings) { s.UntilExit = true })
+				open := f.Open
+				f.Open = func(ctx context.Context, cfg backend.Config) (backend.Backend, error) {
+					b, err := open(ctx, cfg)
+					if err == nil {
+						asFromElsewhere(b.(*Instance))
+					}
+					return b, err
+				}
+			}
 			conformance.Run(t, conformance.Harness{
-				Factory: backend.Factory{
-					Name: testName, Options: Options(),
-					Open: func(_ context.Context, cfg backend.Config) (backend.Backend, error) {
-						i, err := openWith(cfg, func(s *Settings) {
-							s.UntilExit = way == "two processes"
-						})
-						if err != nil {
-							return nil, err
-						}
-						if way == "two processes" {
-							asFromElsewhere(i)
-						}
-						return i, nil
-					},
-				},
-				Options: map[string]string{"socket_dir": socketDir(t), "window": "64"},
+				Factory: f, Options: map[string]string{"socket_dir": socketDir(t), "window": "64"},
 			})
 		})
 	}

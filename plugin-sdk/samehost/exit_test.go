@@ -86,19 +86,19 @@ func TestUntilExitOfChild(t *testing.T) {
 	far := memory(t, 5, mib, all)
 	remote := register(t, b, far)
 	a := startChild(t, peer("a", 1))
-	a.register(t, RegionArgs{ID: 1, Size: mib})
-	a.connectTo(t, b)
-	must(t, a.call("Session", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
-	must(t, b.Fence(soon(t), a.self)) // the child lets go, and lives
+	a.Register(t, regionArgs{ID: 1, Size: mib})
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Session", SessionArgs{Local: 1, Remote: remote}, nil))
+	must(t, b.Fence(soon(t), a.Self)) // the child lets go, and lives
 
-	a.connectTo(t, b)
-	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
-	a.stop(t)
-	wantCode(t, b.Fence(briefly(t), a.self), backend.Cancelled)
-	must(t, a.cmd.Process.Kill())
-	must(t, b.Fence(soon(t), a.self))
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Hammer", SessionArgs{Local: 1, Remote: remote}, nil))
+	a.Stop(t)
+	wantCode(t, b.Fence(briefly(t), a.Self), backend.Cancelled)
+	must(t, a.Kill())
+	must(t, b.Fence(soon(t), a.Self))
 	var info unix.Siginfo
-	must(t, unix.Waitid(unix.P_PID, a.cmd.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil))
+	must(t, unix.Waitid(unix.P_PID, a.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil))
 	if info.Signo != int32(unix.SIGCHLD) {
 		t.Error("the fence returned before the process had ended")
 	}
@@ -110,11 +110,11 @@ func TestUntilExitOfChild(t *testing.T) {
 func TestCutByLivingChild(t *testing.T) {
 	b := newUntilExit(t, peer("b", 2))
 	a := startChild(t, peer("a", 1))
-	a.connectTo(t, b)
-	must(t, a.call("Cut", Nothing{}, &Nothing{}))
-	wantCode(t, b.Fence(briefly(t), a.self), backend.Cancelled)
-	must(t, a.cmd.Process.Kill())
-	must(t, b.Fence(soon(t), a.self))
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Cut", nil, nil))
+	wantCode(t, b.Fence(briefly(t), a.Self), backend.Cancelled)
+	must(t, a.Kill())
+	must(t, b.Fence(soon(t), a.Self))
 }
 
 // TestUnwatchable has a target that cannot see the initiator's process.
@@ -127,8 +127,7 @@ func TestUnwatchable(t *testing.T) {
 	answer, err := b.Answer(soon(t), a.self, h.Offer())
 	must(t, err)
 	_, err = h.Establish(soon(t), answer)
-	wantCode(t, err, backend.Unsupported)
-	wantText(t, err, "another pid namespace")
+	wantCode(t, err, backend.Unsupported, "another pid namespace")
 }
 
 // TestProcesses finds a process by the connection and by its number.

@@ -2,6 +2,7 @@ package samehost
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"slices"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // hammer is a sink that posts the same transfer again whenever it completes, until it is refused.
@@ -39,9 +41,7 @@ func (h *hammer) Complete(backend.Completion) {
 func startHammer(t testing.TB, p *pair) *hammer {
 	t.Helper()
 	h := &hammer{segment: backend.Segment{Length: uint64(len(p.near.Bytes))}, moved: make(chan struct{})}
-	var err error
-	h.session, err = p.endpoint.Session(soon(t), 1, p.remote, h)
-	must(t, err)
+	h.session = bind(t, p.endpoint, 1, p.remote, h)
 	h.hit()
 	<-h.moved
 	return h
@@ -67,27 +67,18 @@ func TestFenceInOneProcess(t *testing.T) {
 	h := startHammer(t, p)
 
 	must(t, p.b.Fence(soon(t), peer("a", 2))) // another incarnation: nothing happens
-	select {
-	case <-p.endpoint.Done():
-		t.Fatal("a fence of another incarnation broke the endpoint")
-	default:
-	}
+	wantOpen(t, p.endpoint.Done(), "a fence of another incarnation broke the endpoint")
 	must(t, p.b.Fence(soon(t), p.a.self))
 	wantUntouched(t, p.far.Bytes)
 	wantDone(t, p.endpoint.Done())
 	must(t, h.session.Close())
 	wantCode(t, h.refusal, backend.PathDown)
-	select {
-	case <-bystander.Done():
-		t.Error("the fence broke another peer's endpoint")
-	default:
-	}
+	wantOpen(t, bystander.Done(), "the fence broke another peer's endpoint")
 	// The peer comes back by a new endpoint.
-	k := newSink()
-	s, err := connect(t, p.a, p.b.self, p.b).Session(soon(t), 1, p.remote, k)
-	must(t, err)
+	k := new(sink)
+	s := bind(t, connect(t, p.a, p.b.self, p.b), 1, p.remote, k)
 	must(t, post(s, backend.Write, 1, backend.Segment{Length: 8 * mib}))
-	must(t, k.wait(t, 1).Err)
+	must(t, k.Wait(t, 1).Err)
 }
 
 func TestFenceAcrossProcesses(t *testing.T) {
@@ -96,27 +87,27 @@ func TestFenceAcrossProcesses(t *testing.T) {
 	far := memory(t, 5, size, all)
 	remote := register(t, b, far)
 	a := startChild(t, peer("a", 1))
-	a.register(t, RegionArgs{ID: 1, Size: size})
-	a.connectTo(t, b)
-	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
+	a.Register(t, regionArgs{ID: 1, Size: size})
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Hammer", SessionArgs{Local: 1, Remote: remote}, nil))
 
 	// A stopped process may go on writing at any time: the fence must not succeed.
-	a.stop(t)
+	a.Stop(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	wantCode(t, b.Fence(ctx, a.self), backend.Cancelled)
+	wantCode(t, b.Fence(ctx, a.Self), backend.Cancelled)
 	wantCode(t, b.Deregister(ctx, 5), backend.Cancelled)
 
-	must(t, a.cmd.Process.Signal(syscall.SIGCONT))
-	must(t, b.Fence(soon(t), a.self))
+	must(t, a.Signal(syscall.SIGCONT))
+	must(t, b.Fence(soon(t), a.Self))
 	wantUntouched(t, far.Bytes)
 	var code backend.Code
-	must(t, a.call("Ended", uint64(size), &code))
+	must(t, a.Call("Ended", uint64(size), &code))
 	if code != backend.PathDown {
 		t.Errorf("the initiator's posts are refused with %q, want path down", code)
 	}
 	var counts [2]int
-	must(t, a.call("Counts", Nothing{}, &counts))
+	must(t, a.Call("Counts", nil, &counts))
 	if counts[1] != 1 { // its own region
 		t.Errorf("the initiator has %d mappings after the fence, want 1", counts[1])
 	}
@@ -128,13 +119,13 @@ func TestFenceOfKilledInitiator(t *testing.T) {
 	far := memory(t, 5, mib, all)
 	remote := register(t, b, far)
 	a := startChild(t, peer("a", 1))
-	a.register(t, RegionArgs{ID: 1, Size: mib})
-	a.connectTo(t, b)
-	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
-	must(t, a.cmd.Process.Kill())
-	must(t, b.Fence(soon(t), a.self))
+	a.Register(t, regionArgs{ID: 1, Size: mib})
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Hammer", SessionArgs{Local: 1, Remote: remote}, nil))
+	must(t, a.Kill())
+	must(t, b.Fence(soon(t), a.Self))
 	wantUntouched(t, far.Bytes)
-	must(t, b.Fence(soon(t), a.self)) // again, and of a peer that is not there
+	must(t, b.Fence(soon(t), a.Self)) // again, and of a peer that is not there
 }
 
 // TestStoppedPeerAtClose has Close give up on a peer that does not let go, and say so.
@@ -143,10 +134,10 @@ func TestStoppedPeerAtClose(t *testing.T) {
 	must(t, err)
 	remote := register(t, b, memory(t, 5, mib, all))
 	a := startChild(t, peer("a", 1))
-	a.register(t, RegionArgs{ID: 1, Size: mib})
-	a.connectTo(t, b)
-	must(t, a.call("Hammer", HammerArgs{Local: 1, Remote: remote}, &Nothing{}))
-	a.stop(t)
+	a.Register(t, regionArgs{ID: 1, Size: mib})
+	a.ConnectTo(t, b.self, b)
+	must(t, a.Call("Hammer", SessionArgs{Local: 1, Remote: remote}, nil))
+	a.Stop(t)
 	wantCode(t, b.Close(), backend.Cancelled)
 	wantCode(t, b.Close(), backend.Cancelled)
 }
@@ -157,11 +148,10 @@ func TestTargetKilled(t *testing.T) {
 	near := memory(t, 1, size, 0)
 	register(t, a, near)
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
-	e := connect(t, a, b.self, b)
-	k := newSink()
-	s, err := e.Session(soon(t), 1, remote, k)
-	must(t, err)
+	remote := b.Register(t, regionArgs{ID: 5, Size: size, Rights: all})
+	e := connect(t, a, b.Self, b)
+	k := new(sink)
+	s := bind(t, e, 1, remote, k)
 
 	// When the target dies, one transfer has come to its end in the mover, one was held half way, one has not begun.
 	m := moverOf(a)
@@ -170,7 +160,7 @@ func TestTargetKilled(t *testing.T) {
 	for cookie := range uint64(3) {
 		must(t, post(s, backend.Write, cookie, segments...))
 	}
-	b.kill()
+	b.End()
 	wantDone(t, e.Done())
 	for cookie, c := range []struct{ finish, want []backend.Outcome }{
 		{nil, []backend.Outcome{backend.Failed, backend.Failed}}, // copied to nobody
@@ -182,27 +172,24 @@ func TestTargetKilled(t *testing.T) {
 			t.Errorf("transfer %d was not asked to stop", cookie)
 		}
 		held.Finish(c.finish, nil)
-		got := k.wait(t, uint64(cookie))
+		got := k.Wait(t, uint64(cookie))
 		wantCode(t, got.Err, backend.PathDown)
-		if !slices.Equal(got.Outcomes, c.want) {
-			t.Errorf("transfer %d: outcomes %v, want %v", cookie, got.Outcomes, c.want)
-		}
+		wantOutcomes(t, got, c.want...)
 	}
 	m.release()
 	wantCode(t, post(s, backend.Write, 3, segments...), backend.PathDown)
-	_, err = e.Session(soon(t), 1, remote, k)
+	_, err := e.Session(soon(t), 1, remote, k)
 	wantCode(t, err, backend.PathDown)
 
 	// Its successor is reached with a new endpoint, and not by the old descriptor.
 	b2 := startChild(t, peer("b", 3))
-	remote2 := b2.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
-	e2 := connect(t, a, b2.self, b2)
+	remote2 := b2.Register(t, regionArgs{ID: 5, Size: size, Rights: all})
+	e2 := connect(t, a, b2.Self, b2)
 	_, err = e2.Session(soon(t), 1, remote, k)
 	wantCode(t, err, backend.PeerGone)
-	s2, err := e2.Session(soon(t), 1, remote2, k)
-	must(t, err)
+	s2 := bind(t, e2, 1, remote2, k)
 	must(t, post(s2, backend.Write, 4, backend.Segment{Length: 100}))
-	must(t, k.wait(t, 4).Err)
+	must(t, k.Wait(t, 4).Err)
 }
 
 // TestTargetKilledUnderWorkers kills the target while workers copy: nobody crashes, and all is accounted for.
@@ -211,30 +198,28 @@ func TestTargetKilledUnderWorkers(t *testing.T) {
 	a := newInstance(t, peer("a", 1), "window=8")
 	register(t, a, memory(t, 1, size, 0))
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
-	e := connect(t, a, b.self, b)
-	k := newSink()
-	s, err := e.Session(soon(t), 1, remote, k)
-	must(t, err)
+	remote := b.Register(t, regionArgs{ID: 5, Size: size, Rights: all})
+	e := connect(t, a, b.Self, b)
+	k := new(sink)
+	s := bind(t, e, 1, remote, k)
 	posted := uint64(0)
-	for err == nil || backend.CodeOf(err) == backend.Busy {
-		switch err = post(s, backend.Write, posted, backend.Segment{Length: size}); backend.CodeOf(err) {
-		case 0:
+	var err error
+	for err == nil {
+		if err = backendtest.PostWhenFree(s, backend.Write, posted, backend.Segment{Length: size}); err == nil {
 			if posted++; posted == 4 {
-				must(t, b.cmd.Process.Kill())
+				must(t, b.Kill())
 			}
-		case backend.Busy:
-			<-k.more // of those that are in flight, one will complete
 		}
 	}
 	wantCode(t, err, backend.PathDown)
 	must(t, s.Close())
-	if uint64(len(k.got)) != posted || len(k.twin) > 0 {
-		t.Errorf("%d of %d transfers completed", len(k.got), posted)
+	all := k.All(t)
+	if uint64(len(all)) != posted {
+		t.Errorf("%d of %d transfers completed", len(all), posted)
 	}
-	for cookie, c := range k.got {
+	for _, c := range all {
 		if c.Err != nil && (backend.CodeOf(c.Err) != backend.PathDown || slices.Contains(c.Outcomes, backend.Done)) {
-			t.Errorf("transfer %d: %v, outcomes %v", cookie, c.Err, c.Outcomes)
+			t.Errorf("transfer %d: %v, outcomes %v", c.Cookie, c.Err, c.Outcomes)
 		}
 	}
 }
@@ -243,11 +228,10 @@ func TestTargetCloses(t *testing.T) {
 	a := newInstance(t, peer("a", 1))
 	register(t, a, memory(t, 1, mib, 0))
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: mib, Rights: all})
-	e := connect(t, a, b.self, b)
-	s, err := e.Session(soon(t), 1, remote, newSink())
-	must(t, err)
-	must(t, b.call("Close", Nothing{}, &Nothing{}))
+	remote := b.Register(t, regionArgs{ID: 5, Size: mib, Rights: all})
+	e := connect(t, a, b.Self, b)
+	s := bind(t, e, 1, remote, new(sink))
+	must(t, b.Call("Close", nil, nil))
 	wantDone(t, e.Done())
 	wantCode(t, post(s, backend.Write, 1, backend.Segment{Length: 1}), backend.PathDown) // the process lives
 }
@@ -259,39 +243,33 @@ func TestDeregisterRemote(t *testing.T) {
 		h := startHammer(t, p)
 		must(t, p.b.Deregister(soon(t), 99)) // unknown
 		must(t, p.b.Deregister(soon(t), 6))  // held by nobody
-		select {
-		case <-p.endpoint.Done():
-			t.Fatal("the end of a region that the peer does not hold broke its endpoint")
-		default:
-		}
+		wantOpen(t, p.endpoint.Done(), "the end of a region that the peer does not hold broke its endpoint")
 		must(t, p.b.Deregister(soon(t), p.far.Region))
 		must(t, p.b.Deregister(soon(t), p.far.Region))
 		wantUntouched(t, p.far.Bytes)
 		must(t, h.session.Close())
-		_, err := connect(t, p.a, p.b.self, p.b).Session(soon(t), 1, p.remote, newSink())
+		_, err := connect(t, p.a, p.b.self, p.b).Session(soon(t), 1, p.remote, new(sink))
 		wantCode(t, err, backend.BadRequest)
 	})
 	t.Run("two processes", func(t *testing.T) {
 		a, b := newInstance(t, peer("a", 1)), startChild(t, peer("b", 2))
 		register(t, a, memory(t, 1, mib, 0))
-		gone := b.register(t, RegionArgs{ID: 5, Size: mib, Rights: all})
-		stays := b.register(t, RegionArgs{ID: 6, Size: mib, Rights: all})
-		e := connect(t, a, b.self, b)
+		gone := b.Register(t, regionArgs{ID: 5, Size: mib, Rights: all})
+		stays := b.Register(t, regionArgs{ID: 6, Size: mib, Rights: all})
+		e := connect(t, a, b.Self, b)
 		for _, r := range []backend.Remote{gone, stays} {
-			_, err := e.Session(soon(t), 1, r, newSink())
-			must(t, err)
+			bind(t, e, 1, r, new(sink))
 		}
-		must(t, b.call("Deregister", backend.RegionID(5), &Nothing{}))
+		must(t, b.Call("Deregister", backend.RegionID(5), nil))
 		wantDone(t, e.Done())
 		must(t, e.Close())
 		if n := moverOf(a).open(); n != 1 {
 			t.Errorf("%d regions are left, want the local one alone", n)
 		}
-		e = connect(t, a, b.self, b)
-		_, err := e.Session(soon(t), 1, gone, newSink())
+		e = connect(t, a, b.Self, b)
+		_, err := e.Session(soon(t), 1, gone, new(sink))
 		wantCode(t, err, backend.BadRequest)
-		_, err = e.Session(soon(t), 1, stays, newSink())
-		must(t, err)
+		bind(t, e, 1, stays, new(sink))
 	})
 }
 
@@ -302,13 +280,9 @@ func TestDeregisterLocal(t *testing.T) {
 	wantUntouched(t, p.near.Bytes)
 	wantUntouched(t, p.far.Bytes)
 	wantCode(t, h.refusal, backend.BadRequest)
-	_, err := p.endpoint.Session(soon(t), 1, p.remote, newSink())
+	_, err := p.endpoint.Session(soon(t), 1, p.remote, new(sink))
 	wantCode(t, err, backend.BadRequest)
-	select {
-	case <-p.endpoint.Done():
-		t.Error("the end of a local region broke the endpoint")
-	default:
-	}
+	wantOpen(t, p.endpoint.Done(), "the end of a local region broke the endpoint")
 }
 
 func TestRegisterRefuses(t *testing.T) {
@@ -353,32 +327,30 @@ func TestNothingLeaks(t *testing.T) {
 	dir := socketDir(t)
 	self := peer("a", 1)
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: 8192, Rights: all})
+	remote := b.Register(t, regionArgs{ID: 5, Size: 8192, Rights: all})
 	near := memory(t, 1, 8192, all)
 	count := func() (here, there [2]int) {
 		here, err := held()
 		must(t, err)
-		must(t, b.call("Counts", Nothing{}, &there))
+		must(t, b.Call("Counts", nil, &there))
 		return here, there
 	}
 	cycle := func() {
 		i, err := openInstance(self, map[string]string{"socket_dir": dir})
 		must(t, err)
 		r := register(t, i, near)
-		e := connect(t, i, b.self, b)
-		k := newSink()
-		s, err := e.Session(soon(t), 1, remote, k)
-		must(t, err)
+		e := connect(t, i, b.Self, b)
+		k := new(sink)
+		s := bind(t, e, 1, remote, k)
 		must(t, post(s, backend.Read, 1, backend.Segment{Length: 8192}))
-		must(t, k.wait(t, 1).Err)
+		must(t, k.Wait(t, 1).Err)
 		own := connect(t, i, i.self, i) // to itself: a peer like any other
-		_, err = own.Session(soon(t), 1, r, k)
-		must(t, err)
-		b.connectTo(t, i)
-		must(t, b.call("Session", HammerArgs{Local: 5, Remote: r}, &Nothing{}))
+		bind(t, own, 1, r, k)
+		b.ConnectTo(t, i.self, i)
+		must(t, b.Call("Session", SessionArgs{Local: 5, Remote: r}, nil))
 		must(t, i.Close())
 		var code backend.Code
-		must(t, b.call("Ended", uint64(1), &code))
+		must(t, b.Call("Ended", uint64(1), &code))
 	}
 	cycle()
 	here, there := count()
@@ -386,14 +358,10 @@ func TestNothingLeaks(t *testing.T) {
 		cycle()
 	}
 	// The child's ends of the last connections may take a moment to close.
-	for limit := time.Now().Add(patience); ; runtime.Gosched() {
+	what := fmt.Sprintf("%v descriptors and mappings here, and %v there, as before", here, there)
+	backendtest.Eventually(t, what, func() bool {
 		h, th := count()
-		if h == here && th == there {
-			break
-		}
-		if time.Now().After(limit) {
-			t.Fatalf("descriptors and mappings: %v here, %v there; before: %v, %v", h, th, here, there)
-		}
-	}
+		return h == here && th == there
+	})
 	wantEmpty(t, dir)
 }

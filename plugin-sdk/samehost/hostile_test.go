@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // dial connects to an instance as a process does that knows the protocol and means no good.
@@ -24,7 +25,7 @@ func dial(t testing.TB, i *Instance) *net.UnixConn {
 	c, err := net.DialUnix(network, nil, &net.UnixAddr{Name: i.socket, Net: network})
 	must(t, err)
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(backendtest.Patience))
 	return c
 }
 
@@ -231,7 +232,7 @@ func fakeTarget(t testing.TB, script func(c *net.UnixConn)) *answer {
 			return
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(backendtest.Patience))
 		m, _, err := receive(c, false)
 		if err != nil {
 			return
@@ -258,7 +259,7 @@ func establish(t testing.TB, a *answer) (backend.Endpoint, error) {
 
 func TestHostileTarget(t *testing.T) {
 	file := func(size, seals int) int {
-		m, err := newMemory(5, size, all, seals)
+		m, err := backendtest.NewMemfd(5, size, all, seals)
 		must(t, err)
 		must(t, unix.Munmap(m.Bytes))
 		t.Cleanup(func() { unix.Close(m.FD) })
@@ -307,9 +308,8 @@ func TestHostileTarget(t *testing.T) {
 			}))
 			must(t, err)
 			remote := backend.Remote{Peer: peer("evil", 6), Region: 5, Kind: backend.HostMemory, Key: make([]byte, 16)}
-			_, err = e.Session(soon(t), 1, remote, newSink())
-			wantCode(t, err, h.code)
-			wantText(t, err, h.text)
+			_, err = e.Session(soon(t), 1, remote, new(sink))
+			wantCode(t, err, h.code, h.text)
 		})
 		now, err := held()
 		must(t, err)
@@ -329,7 +329,7 @@ func TestHostileTarget(t *testing.T) {
 		}))
 		must(t, err)
 		remote := backend.Remote{Peer: peer("evil", 6), Region: 5, Kind: backend.HostMemory, Key: make([]byte, 16)}
-		e.Session(soon(t), 1, remote, newSink()) // whether it sees the first answer is open
+		e.Session(soon(t), 1, remote, new(sink)) // whether it sees the first answer is open
 		wantDone(t, e.Done())
 	})
 	t.Run("speaks without being asked", func(t *testing.T) {
@@ -363,7 +363,7 @@ func TestHostileTarget(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 		defer cancel()
 		remote := backend.Remote{Peer: peer("evil", 6), Region: 5, Kind: backend.HostMemory, Key: make([]byte, 16)}
-		_, err = e.Session(ctx, 1, remote, newSink())
+		_, err = e.Session(ctx, 1, remote, new(sink))
 		wantCode(t, err, backend.Cancelled)
 	})
 }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // copyMover is the mover of these tests. It maps memory files, and copies a transfer segment by segment, in a goroutine
@@ -183,7 +184,7 @@ func (p *copyPath) copy(t *Transfer) {
 			t.Finish(outcomes, nil)
 			return
 		}
-		naive(t.Op, p.near.bytes, p.far.bytes, []backend.Segment{g})
+		backendtest.Model(t.Op, p.near.bytes, p.far.bytes, g)
 	}
 	t.Finish(nil, nil)
 }
@@ -201,18 +202,6 @@ func (p *copyPath) Close() {
 		panic("a path is closed twice")
 	}
 	delete(p.mover.paths, p)
-}
-
-// naive is what a transfer must do.
-func naive(op backend.Op, near, far []byte, segments []backend.Segment) {
-	for _, g := range segments {
-		l, r := near[g.Local:g.Local+g.Length], far[g.Remote:g.Remote+g.Length]
-		if op == backend.Write {
-			copy(r, l)
-		} else {
-			copy(l, r)
-		}
-	}
 }
 
 // moverOf returns the mover of an instance.

@@ -47,14 +47,10 @@ func TestOwnRegions(t *testing.T) {
 		must(t, b.Deregister(soon(t), id))
 		register(t, b, memory(t, 9, 4096, all))
 		self := connect(t, b, b.self, b)
-		_, err = self.Session(soon(t), id, backend.Remote{Peer: b.self, Region: id, Kind: backend.HostMemory, Key: key}, newSink())
+		_, err = self.Session(soon(t), id, backend.Remote{Peer: b.self, Region: id, Kind: backend.HostMemory, Key: key}, new(sink))
 		wantCode(t, err, backend.BadRequest)
 		must(t, self.Close())
-		select {
-		case <-e.Done():
-			t.Fatal("the connection has ended")
-		default:
-		}
+		wantOpen(t, e.Done(), "the connection has ended")
 		must(t, b.Withdraw(soon(t), 9)) // the host's
 		must(t, b.Withdraw(soon(t), id))
 		must(t, b.Withdraw(soon(t), id))
@@ -97,8 +93,7 @@ func TestNoteTooLong(t *testing.T) {
 			must(t, err)
 			return
 		}
-		wantCode(t, err, backend.Internal)
-		wantText(t, err, "note of 1025 bytes")
+		wantCode(t, err, backend.Internal, "note of 1025 bytes")
 	})
 }
 
@@ -145,8 +140,7 @@ func TestScratch(t *testing.T) {
 		register(t, a, memory(t, 1, 4096, 0))
 		remote := register(t, b, memory(t, 2, 4096, all))
 		e := connect(t, a, b.self, b)
-		_, err := e.Session(soon(t), 1, remote, newSink())
-		must(t, err)
+		bind(t, e, 1, remote, new(sink))
 		select {
 		case <-freed:
 			t.Fatal("the scratch is taken back before the guest has left")

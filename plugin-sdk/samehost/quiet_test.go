@@ -45,8 +45,7 @@ func TestCloseIsNotQuiet(t *testing.T) {
 			wantCode(t, b.Close(), backend.Cancelled)
 			wantCode(t, <-result, backend.PathDown)
 			err = b.Fence(soon(t), peer("a", 1))
-			wantCode(t, err, backend.PathDown)
-			wantText(t, err, "peer a@1")
+			wantCode(t, err, backend.PathDown, "peer a@1")
 		})
 	}
 }
@@ -130,8 +129,7 @@ func TestNoLeaveAfterClose(t *testing.T) {
 	_, err := e.Ask(soon(t), nil)
 	must(t, err)
 	moverOf(a).hold(t)
-	s, err := e.Session(soon(t), 1, remote, newSink())
-	must(t, err)
+	s := bind(t, e, 1, remote, new(sink))
 	must(t, post(s, backend.Write, 1, backend.Segment{Length: 1}))
 	wantCode(t, b.Close(), backend.Cancelled)
 	moverOf(a).release()

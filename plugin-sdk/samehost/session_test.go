@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 const mib = 1 << 20
@@ -29,14 +30,12 @@ func newPair(t testing.TB, size int, options ...string) *pair {
 		a:    newInstance(t, peer("a", 1), options...),
 		b:    newInstance(t, peer("b", 2)),
 		near: memory(t, 1, size, 0), far: memory(t, 2, size, all),
-		sink: newSink(),
+		sink: new(sink),
 	}
 	register(t, p.a, p.near)
 	p.remote = register(t, p.b, p.far)
 	p.endpoint = connect(t, p.a, p.b.self, p.b)
-	var err error
-	p.session, err = p.endpoint.Session(soon(t), 1, p.remote, p.sink)
-	must(t, err)
+	p.session = bind(t, p.endpoint, 1, p.remote, p.sink)
 	fill(p.near.Bytes, 1)
 	fill(p.far.Bytes, 2)
 	return p
@@ -77,18 +76,14 @@ func TestPostRefuses(t *testing.T) {
 	}
 	must(t, p.session.Close())
 	wantCode(t, post(p.session, backend.Write, 1, backend.Segment{Length: 1}), backend.BadRequest)
-	if len(p.sink.got) != 0 {
-		t.Errorf("refused transfers completed: %v", p.sink.got)
-	}
-	want := make([]byte, 8192)
-	fill(want, 2)
-	wantSame(t, "remote region", p.far.Bytes, want)
+	p.sink.Empty(t)
+	wantSame(t, "remote region", p.far.Bytes, backendtest.Filled(8192, 2))
 }
 
 func TestWholeRegionFits(t *testing.T) {
 	p := newPair(t, 8192)
 	must(t, post(p.session, backend.Write, 1, backend.Segment{Length: 8192}))
-	must(t, p.sink.wait(t, 1).Err)
+	must(t, p.sink.Wait(t, 1).Err)
 	wantSame(t, "remote region", p.far.Bytes, p.near.Bytes)
 }
 
@@ -105,7 +100,7 @@ func TestBusyBeyondWindow(t *testing.T) {
 	m.step(t)
 	m.step(t)
 	for cookie := range uint64(3) {
-		must(t, p.sink.wait(t, cookie+1).Err)
+		must(t, p.sink.Wait(t, cookie+1).Err)
 	}
 }
 
@@ -132,14 +127,12 @@ func TestPostWithinComplete(t *testing.T) {
 	p := newPair(t, mib, "window=1") // the room is free when Complete is called
 	a := &again{ended: make(chan error, 1)}
 	a.left.Store(100)
-	var err error
-	a.session, err = p.endpoint.Session(soon(t), 1, p.remote, a)
-	must(t, err)
+	a.session = bind(t, p.endpoint, 1, p.remote, a)
 	must(t, post(a.session, backend.Write, 100, backend.Segment{Length: 1}))
 	select {
 	case err := <-a.ended:
 		must(t, err)
-	case <-time.After(patience):
+	case <-time.After(backendtest.Patience):
 		t.Fatal("the transfers do not end")
 	}
 }
@@ -153,22 +146,20 @@ func TestCancel(t *testing.T) {
 	must(t, post(p.session, backend.Write, 2, backend.Segment{Length: mib}))
 	p.session.Cancel(99) // unknown: ignored
 	p.session.Cancel(1)
-	if _, ok := p.sink.has(1); ok {
+	if p.sink.Has(1) {
 		t.Fatal("completed before the mover has finished it")
 	}
 	m.step(t)
-	c := p.sink.wait(t, 1)
+	c := p.sink.Wait(t, 1)
 	wantCode(t, c.Err, backend.Cancelled)
-	if want := []backend.Outcome{backend.NotSent, backend.NotSent}; !slices.Equal(c.Outcomes, want) {
-		t.Errorf("outcomes %v, want %v", c.Outcomes, want)
-	}
+	wantOutcomes(t, c, backend.NotSent, backend.NotSent)
 	wantSame(t, "remote region", p.far.Bytes, before)
 	m.step(t)
-	must(t, p.sink.wait(t, 2).Err)
+	must(t, p.sink.Wait(t, 2).Err)
 
 	must(t, post(p.session, backend.Write, 3, backend.Segment{Length: mib})) // it takes the place of one that was stopped
 	m.step(t)
-	must(t, p.sink.wait(t, 3).Err)
+	must(t, p.sink.Wait(t, 3).Err)
 	wantSame(t, "remote region", p.far.Bytes[:mib], p.near.Bytes[:mib])
 }
 
@@ -198,24 +189,22 @@ func TestFinish(t *testing.T) {
 			must(t, post(p.session, backend.Write, 1, segments...))
 			must(t, post(p.session, backend.Write, 2, segments...))
 			m.next(t).transfer.Finish(slices.Clone(c.outcomes), c.err)
-			got := p.sink.wait(t, 1)
+			got := p.sink.Wait(t, 1)
 			if backend.CodeOf(got.Err) != c.code || c.code != 0 && !strings.Contains(got.Err.Error(), c.text) {
 				t.Errorf("got %v, want code %q and %q", got.Err, c.code, c.text)
 			}
-			if !slices.Equal(got.Outcomes, c.outcomes) {
-				t.Errorf("outcomes %v, want %v", got.Outcomes, c.outcomes)
-			}
+			wantOutcomes(t, got, c.outcomes...)
 			other := m.next(t).transfer
 			if other.Stopped() != c.breaks {
 				t.Errorf("the other transfer: stopped %v, want %v", other.Stopped(), c.breaks)
 			}
 			other.Finish(nil, nil)
-			must(t, p.sink.wait(t, 2).Err) // it came to its end nevertheless
+			must(t, p.sink.Wait(t, 2).Err) // it came to its end nevertheless
 			err := post(p.session, backend.Write, 3, segments...)
 			if !c.breaks {
 				must(t, err)
 				m.step(t)
-				must(t, p.sink.wait(t, 3).Err)
+				must(t, p.sink.Wait(t, 3).Err)
 				return
 			}
 			wantDone(t, p.endpoint.Done())
@@ -231,9 +220,8 @@ func TestFinish(t *testing.T) {
 // other's go on.
 func TestSessionCloseEndsTransfers(t *testing.T) {
 	p := newPair(t, 64*mib)
-	k := newSink()
-	other, err := p.endpoint.Session(soon(t), 1, p.remote, k)
-	must(t, err)
+	k := new(sink)
+	other := bind(t, p.endpoint, 1, p.remote, k)
 	g := backend.Segment{Length: 64 * mib}
 	for cookie := range uint64(4) {
 		must(t, post(p.session, backend.Write, cookie, g))
@@ -241,15 +229,16 @@ func TestSessionCloseEndsTransfers(t *testing.T) {
 	must(t, post(other, backend.Write, 1, g))
 	must(t, p.session.Close())
 	must(t, p.session.Close())
-	if len(p.sink.got) != 4 {
-		t.Errorf("%d transfers have completed when Close returns, want 4", len(p.sink.got))
+	done := p.sink.All(t)
+	if len(done) != 4 {
+		t.Errorf("%d transfers have completed when Close returns, want 4", len(done))
 	}
-	for cookie, c := range p.sink.got {
+	for _, c := range done {
 		if c.Err != nil && backend.CodeOf(c.Err) != backend.Cancelled {
-			t.Errorf("transfer %d: %v", cookie, c.Err)
+			t.Errorf("transfer %d: %v", c.Cookie, c.Err)
 		}
 	}
-	must(t, k.wait(t, 1).Err)
+	must(t, k.Wait(t, 1).Err)
 }
 
 func TestEndpointClose(t *testing.T) {
@@ -259,8 +248,8 @@ func TestEndpointClose(t *testing.T) {
 	}
 	must(t, p.endpoint.Close())
 	must(t, p.endpoint.Close())
-	if len(p.sink.got) != 4 {
-		t.Errorf("%d transfers have completed when Close returns, want 4", len(p.sink.got))
+	if n := len(p.sink.All(t)); n != 4 {
+		t.Errorf("%d transfers have completed when Close returns, want 4", n)
 	}
 	wantDone(t, p.endpoint.Done())
 	wantCode(t, post(p.session, backend.Write, 9, backend.Segment{Length: 1}), backend.PathDown)
@@ -288,9 +277,9 @@ func TestSessionRefuses(t *testing.T) {
 			register(t, b, memory(t, 6, 4096, 0)),
 		},
 		{
-			"two processes", connect(t, a, c.self, c),
-			c.register(t, RegionArgs{ID: 5, Size: 4096, Rights: all}),
-			c.register(t, RegionArgs{ID: 6, Size: 4096}),
+			"two processes", connect(t, a, c.Self, c),
+			c.Register(t, regionArgs{ID: 5, Size: 4096, Rights: all}),
+			c.Register(t, regionArgs{ID: 6, Size: 4096}),
 		},
 	} {
 		for _, r := range []struct {
@@ -314,12 +303,11 @@ func TestSessionRefuses(t *testing.T) {
 				remote, local := far.good, backend.RegionID(1)
 				remote.Key = slices.Clone(remote.Key)
 				r.change(&remote, &local)
-				_, err := far.endpoint.Session(soon(t), local, remote, newSink())
+				_, err := far.endpoint.Session(soon(t), local, remote, new(sink))
 				wantCode(t, err, r.code)
 			})
 		}
-		_, err := far.endpoint.Session(soon(t), 1, far.good, newSink())
-		must(t, err)
+		bind(t, far.endpoint, 1, far.good, new(sink))
 	}
 }
 
@@ -327,7 +315,7 @@ func TestRights(t *testing.T) {
 	a, b := newInstance(t, peer("a", 1)), newInstance(t, peer("b", 2))
 	child := startChild(t, peer("c", 3))
 	register(t, a, memory(t, 1, 8192, 0))
-	local, remote := connect(t, a, b.self, b), connect(t, a, child.self, child)
+	local, remote := connect(t, a, b.self, b), connect(t, a, child.Self, child)
 	for _, c := range []struct {
 		name        string
 		id          backend.RegionID
@@ -344,12 +332,11 @@ func TestRights(t *testing.T) {
 				r backend.Remote
 			}{
 				{local, register(t, b, memory(t, c.id, 8192, c.rights))},
-				{remote, child.register(t, RegionArgs{ID: c.id, Size: 8192, Rights: c.rights})},
+				{remote, child.Register(t, regionArgs{ID: c.id, Size: 8192, Rights: c.rights})},
 			} {
 				way.r.Rights = all // what the descriptor claims changes nothing
-				k := newSink()
-				s, err := way.e.Session(soon(t), 1, way.r, k)
-				must(t, err)
+				k := new(sink)
+				s := bind(t, way.e, 1, way.r, k)
 				if got := backend.CodeOf(post(s, backend.Write, 1, backend.Segment{Length: 100})); got != c.write {
 					t.Errorf("write: got %v, want %v", got, c.write)
 				}
@@ -370,12 +357,11 @@ func TestUnclaimedOp(t *testing.T) {
 	must(t, err)
 	closeLater(t, a)
 	register(t, a, memory(t, 1, 4096, all))
-	k := newSink()
-	s, err := connect(t, a, a.self, a).Session(soon(t), 1, register(t, a, memory(t, 2, 4096, all)), k)
-	must(t, err)
+	k := new(sink)
+	s := bind(t, connect(t, a, a.self, a), 1, register(t, a, memory(t, 2, 4096, all)), k)
 	wantCode(t, post(s, backend.Write, 1, backend.Segment{Length: 1}), backend.Unsupported)
 	must(t, post(s, backend.Read, 1, backend.Segment{Length: 1}))
-	must(t, k.wait(t, 1).Err)
+	must(t, k.Wait(t, 1).Err)
 }
 
 // TestLinks has an instance that knows a link from host memory to one GPU, and to no other place.
@@ -398,22 +384,20 @@ func TestLinks(t *testing.T) {
 	} {
 		r := good
 		r.Place = c.place
-		_, err := e.Session(soon(t), 1, r, newSink())
+		_, err := e.Session(soon(t), 1, r, new(sink))
 		if c.text == "" {
 			must(t, err)
 			continue
 		}
-		wantCode(t, err, backend.Unsupported)
-		wantText(t, err, c.text)
+		wantCode(t, err, backend.Unsupported, c.text)
 	}
 }
 
 func TestWarmPostsDoNotAllocate(t *testing.T) {
 	p := newPair(t, 4*mib)
 	moverOf(p.a).inline = true
-	done := make(signal, 1)
-	s, err := p.endpoint.Session(soon(t), 1, p.remote, done)
-	must(t, err)
+	done := make(backendtest.Signal, 1)
+	s := bind(t, p.endpoint, 1, p.remote, done)
 	many := make([]backend.Segment, 1000)
 	for i := range many {
 		many[i] = backend.Segment{Local: uint64(i) * 4096, Remote: uint64(i) * 4096, Length: 4096}
@@ -429,8 +413,3 @@ func TestWarmPostsDoNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations for each transfer", allocations)
 	}
 }
-
-// signal is a sink that passes on only that something completed.
-type signal chan error
-
-func (s signal) Complete(c backend.Completion) { s <- c.Err }

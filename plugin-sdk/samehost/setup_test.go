@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 func wantEmpty(t testing.TB, dir string) {
@@ -49,8 +50,7 @@ func TestSocketDir(t *testing.T) {
 				wantEmpty(t, dir)
 				return
 			}
-			wantCode(t, err, backend.BadRequest)
-			wantText(t, err, c.text)
+			wantCode(t, err, backend.BadRequest, c.text)
 		})
 	}
 	long := filepath.Join(socketDir(t), strings.Repeat("x", 80))
@@ -137,8 +137,8 @@ func TestEstablishRefuses(t *testing.T) {
 	for _, target := range []struct {
 		name string
 		to   backend.Peer
-		by   answerer
-	}{{"one process", b.self, b}, {"two processes", c.self, c}} {
+		by   backendtest.Target
+	}{{"one process", b.self, b}, {"two processes", c.Self, c}} {
 		establish := func(change func(x *answer) []byte) error {
 			h, err := a.Offer(soon(t), target.to)
 			must(t, err)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 const (
@@ -18,16 +19,15 @@ const (
 )
 
 // newBench connects to a target in another process. The regions have been touched.
-func newBench(b *testing.B) (backend.Session, *path, signal) {
+func newBench(b *testing.B) (backend.Session, *path, backendtest.Signal) {
 	a := newInstance(b, peer("a", 1))
 	target := startChild(b, peer("b", 2))
 	near := memory(b, 1, benchSize, 0)
 	fill(near.Bytes, 1)
 	register(b, a, near)
-	remote := target.register(b, RegionArgs{ID: 5, Size: benchSize, Rights: all})
-	done := make(signal, 1)
-	s, err := connect(b, a, target.self, target).Session(soon(b), 1, remote, done)
-	must(b, err)
+	remote := target.Register(b, regionArgs{ID: 5, Size: benchSize, Rights: all})
+	done := make(backendtest.Signal, 1)
+	s := bind(b, connect(b, a, target.Self, target), 1, remote, done)
 	return s, a.mover.path.Load(), done
 }
 

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // TestTargetKilledUnderWorkers kills the target while workers copy: nobody crashes, and all is accounted for.
@@ -13,30 +14,28 @@ func TestTargetKilledUnderWorkers(t *testing.T) {
 	a := newInstance(t, peer("a", 1), "window=8")
 	register(t, a, memory(t, 1, size, 0))
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: size, Rights: all})
-	e := connect(t, a, b.self, b)
-	k := newSink()
-	s, err := e.Session(soon(t), 1, remote, k)
-	must(t, err)
+	remote := b.Register(t, regionArgs{ID: 5, Size: size, Rights: all})
+	e := connect(t, a, b.Self, b)
+	k := new(sink)
+	s := bind(t, e, 1, remote, k)
 	posted := uint64(0)
-	for err == nil || backend.CodeOf(err) == backend.Busy {
-		switch err = post(s, backend.Write, posted, backend.Segment{Length: size}); backend.CodeOf(err) {
-		case 0:
+	var err error
+	for err == nil {
+		if err = backendtest.PostWhenFree(s, backend.Write, posted, backend.Segment{Length: size}); err == nil {
 			if posted++; posted == 4 {
-				must(t, b.cmd.Process.Kill())
+				must(t, b.Kill())
 			}
-		case backend.Busy:
-			<-k.more // of those that are in flight, one will complete
 		}
 	}
 	wantCode(t, err, backend.PathDown)
 	must(t, s.Close())
-	if uint64(len(k.got)) != posted || len(k.twin) > 0 {
-		t.Errorf("%d of %d transfers completed", len(k.got), posted)
+	all := k.All(t)
+	if uint64(len(all)) != posted {
+		t.Errorf("%d of %d transfers completed", len(all), posted)
 	}
-	for cookie, c := range k.got {
+	for _, c := range all {
 		if c.Err != nil && (backend.CodeOf(c.Err) != backend.PathDown || slices.Contains(c.Outcomes, backend.Done)) {
-			t.Errorf("transfer %d: %v, outcomes %v", cookie, c.Err, c.Outcomes)
+			t.Errorf("transfer %d: %v, outcomes %v", c.Cookie, c.Err, c.Outcomes)
 		}
 	}
 }
@@ -46,23 +45,23 @@ func TestCloseWhileCopying(t *testing.T) {
 	a := newInstance(t, peer("a", 1))
 	register(t, a, memory(t, 1, 64*mib, 0))
 	b := startChild(t, peer("b", 2))
-	remote := b.register(t, RegionArgs{ID: 5, Size: 64 * mib, Rights: all})
+	remote := b.Register(t, regionArgs{ID: 5, Size: 64 * mib, Rights: all})
 	before := protections(t)
-	k := newSink()
-	s, err := connect(t, a, b.self, b).Session(soon(t), 1, remote, k)
-	must(t, err)
+	k := new(sink)
+	s := bind(t, connect(t, a, b.Self, b), 1, remote, k)
 	for cookie := range uint64(4) {
 		must(t, post(s, backend.Write, cookie, backend.Segment{Length: 64 * mib}))
 	}
 	must(t, a.Close())
-	if len(k.got) != 4 {
-		t.Errorf("%d transfers have completed when Close returns, want 4", len(k.got))
+	done := k.All(t)
+	if len(done) != 4 {
+		t.Errorf("%d transfers have completed when Close returns, want 4", len(done))
 	}
-	for cookie, c := range k.got {
+	for _, c := range done {
 		if c.Err != nil {
 			wantCode(t, c.Err, backend.PathDown)
 			if c.Outcomes[0] == backend.Done {
-				t.Errorf("transfer %d ended early, and says that all is done", cookie)
+				t.Errorf("transfer %d ended early, and says that all is done", c.Cookie)
 			}
 		}
 	}

@@ -2,12 +2,12 @@ package shm
 
 import (
 	"slices"
-	"strings"
 	"testing"
 
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
 
@@ -29,14 +29,12 @@ func newPair(t testing.TB, size int, options ...string) *pair {
 		a:    newInstance(t, peer("a", 1), options...),
 		b:    newInstance(t, peer("b", 2)),
 		near: memory(t, 1, size, 0), far: memory(t, 2, size, all),
-		sink: newSink(),
+		sink: new(sink),
 	}
 	register(t, p.a, p.near)
 	p.remote = register(t, p.b, p.far)
 	p.endpoint = connect(t, p.a, p.b.self, p.b)
-	var err error
-	p.session, err = p.endpoint.Session(soon(t), 1, p.remote, p.sink)
-	must(t, err)
+	p.session = bind(t, p.endpoint, 1, p.remote, p.sink)
 	fill(p.near.Bytes, 1)
 	fill(p.far.Bytes, 2)
 	return p
@@ -67,15 +65,15 @@ func TestInlineCompletesInPost(t *testing.T) {
 	p := newPair(t, mib, "inline_bytes=4096")
 	p.a.byHand(t)
 	must(t, post(p.session, backend.Write, 1, backend.Segment{Length: 4096}))
-	if _, ok := p.sink.has(1); !ok {
+	if !p.sink.Has(1) {
 		t.Error("a transfer of inline_bytes has not completed when Post returns")
 	}
 	must(t, post(p.session, backend.Write, 2, backend.Segment{Length: 4097}))
-	if _, ok := p.sink.has(2); ok {
+	if p.sink.Has(2) {
 		t.Error("a transfer beyond inline_bytes completed within Post")
 	}
 	p.a.step(t)
-	must(t, p.sink.wait(t, 2).Err)
+	must(t, p.sink.Wait(t, 2).Err)
 }
 
 func TestCancelQueued(t *testing.T) {
@@ -87,14 +85,12 @@ func TestCancelQueued(t *testing.T) {
 	p.session.Cancel(99) // unknown: ignored
 	p.session.Cancel(2)
 	p.a.step(t) // what is cancelled goes first
-	c := p.sink.wait(t, 2)
+	c := p.sink.Wait(t, 2)
 	wantCode(t, c.Err, backend.Cancelled)
-	if want := []backend.Outcome{backend.NotSent}; !slices.Equal(c.Outcomes, want) {
-		t.Errorf("outcomes %v, want %v", c.Outcomes, want)
-	}
+	wantOutcomes(t, c, backend.NotSent)
 	wantSame(t, "remote region", p.far.Bytes, before)
 	p.a.step(t)
-	must(t, p.sink.wait(t, 1).Err)
+	must(t, p.sink.Wait(t, 1).Err)
 }
 
 // TestCancelInFlight cancels after the first part of three segments: the first is done, the second half copied.
@@ -112,17 +108,14 @@ func TestCancelInFlight(t *testing.T) {
 			must(t, post(p.session, op, 1, segments...))
 			p.a.step(t)
 			p.session.Cancel(1)
-			if _, ok := p.sink.has(1); ok {
+			if p.sink.Has(1) {
 				t.Fatal("completed within Cancel")
 			}
 			p.a.step(t)
-			c := p.sink.wait(t, 1)
+			c := p.sink.Wait(t, 1)
 			wantCode(t, c.Err, backend.Cancelled)
-			want := []backend.Outcome{backend.Done, backend.Failed, backend.NotSent}
-			if !slices.Equal(c.Outcomes, want) {
-				t.Fatalf("outcomes %v, want %v", c.Outcomes, want)
-			}
-			naive(op, wantNear, wantFar, []backend.Segment{{Length: mib / 2}, {Local: mib, Remote: mib, Length: mib}})
+			wantOutcomes(t, c, backend.Done, backend.Failed, backend.NotSent)
+			backendtest.Model(op, wantNear, wantFar, backend.Segment{Length: mib / 2}, backend.Segment{Local: mib, Remote: mib, Length: mib})
 			wantSame(t, "local region", p.near.Bytes, wantNear)
 			wantSame(t, "remote region", p.far.Bytes, wantFar)
 
@@ -130,8 +123,8 @@ func TestCancelInFlight(t *testing.T) {
 			for range 3 {
 				p.a.step(t)
 			}
-			must(t, p.sink.wait(t, 2).Err)
-			naive(op, wantNear, wantFar, segments)
+			must(t, p.sink.Wait(t, 2).Err)
+			backendtest.Model(op, wantNear, wantFar, segments...)
 			wantSame(t, "local region", p.near.Bytes, wantNear)
 			wantSame(t, "remote region", p.far.Bytes, wantFar)
 		})
@@ -185,7 +178,7 @@ func TestCancelRaces(t *testing.T) {
 		}
 		must(t, post(p.session, backend.Write, cookie, segments...))
 		p.session.Cancel(cookie)
-		c := p.sink.wait(t, cookie)
+		c := p.sink.Wait(t, cookie)
 		if c.Err == nil {
 			wantSame(t, "remote region", p.far.Bytes, p.near.Bytes)
 			continue
@@ -225,16 +218,15 @@ func TestRights(t *testing.T) {
 			before := protections(t)
 			far := memory(t, c.id, 8192, c.rights)
 			local := connect(t, a, here.self, here)
-			remote := connect(t, a, b.self, b)
+			remote := connect(t, a, b.Self, b)
 			own := protections(t)
 			for _, way := range []struct {
 				e backend.Endpoint
 				r backend.Remote
-			}{{local, register(t, here, far)}, {remote, b.register(t, RegionArgs{ID: c.id, Size: 8192, Rights: c.rights})}} {
+			}{{local, register(t, here, far)}, {remote, b.Register(t, regionArgs{ID: c.id, Size: 8192, Rights: c.rights})}} {
 				way.r.Rights = all // what the descriptor claims changes nothing
-				k := newSink()
-				s, err := way.e.Session(soon(t), 1, way.r, k)
-				must(t, err)
+				k := new(sink)
+				s := bind(t, way.e, 1, way.r, k)
 				if got := backend.CodeOf(post(s, backend.Write, 1, backend.Segment{Length: 100})); got != c.write {
 					t.Errorf("write: got %v, want %v", got, c.write)
 				}
@@ -265,26 +257,21 @@ func TestWithoutDescriptor(t *testing.T) {
 
 	a := newInstance(t, peer("a", 1))
 	register(t, a, memory(t, 1, 4096, 0))
-	k := newSink()
-	s, err := connect(t, a, b.self, b).Session(soon(t), 1, remote, k)
-	must(t, err)
+	k := new(sink)
+	s := bind(t, connect(t, a, b.self, b), 1, remote, k)
 	must(t, post(s, backend.Write, 1, backend.Segment{Length: 4096}))
-	must(t, k.wait(t, 1).Err)
+	must(t, k.Wait(t, 1).Err)
 
 	c := startChild(t, peer("c", 3))
-	elsewhere := c.register(t, RegionArgs{ID: 5, Size: 4096, Rights: all, NoFile: true})
-	_, err = connect(t, a, c.self, c).Session(soon(t), 1, elsewhere, k)
-	wantCode(t, err, backend.Unsupported)
-	if !strings.Contains(err.Error(), "without a file descriptor") {
-		t.Errorf("got %v, want a refusal that names the missing file descriptor", err)
-	}
+	elsewhere := c.Register(t, regionArgs{ID: 5, Size: 4096, Rights: all, Bare: true})
+	_, err := connect(t, a, c.Self, c).Session(soon(t), 1, elsewhere, k)
+	wantCode(t, err, backend.Unsupported, "without a file descriptor")
 }
 
 func TestWarmPostsDoNotAllocate(t *testing.T) {
 	p := newPair(t, 4*mib)
-	done := make(signal, 1)
-	s, err := p.endpoint.Session(soon(t), 1, p.remote, done)
-	must(t, err)
+	done := make(backendtest.Signal, 1)
+	s := bind(t, p.endpoint, 1, p.remote, done)
 	many := make([]backend.Segment, 1000)
 	for i := range many {
 		many[i] = backend.Segment{Local: uint64(i) * 4096, Remote: uint64(i) * 4096, Length: 4096}
@@ -308,8 +295,3 @@ func TestWarmPostsDoNotAllocate(t *testing.T) {
 		}
 	}
 }
-
-// signal is a sink that passes on only that something completed.
-type signal chan error
-
-func (s signal) Complete(c backend.Completion) { s <- c.Err }

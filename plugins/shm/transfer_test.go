@@ -7,11 +7,11 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // The regions of the property tests are larger than several parts, and end at odd places.
@@ -53,18 +53,6 @@ func drawSegments(t *rapid.T, op backend.Op) []backend.Segment {
 	return list
 }
 
-// naive is what a transfer must do.
-func naive(op backend.Op, near, far []byte, segments []backend.Segment) {
-	for _, g := range segments {
-		l, r := near[g.Local:g.Local+g.Length], far[g.Remote:g.Remote+g.Length]
-		if op == backend.Write {
-			copy(r, l)
-		} else {
-			copy(l, r)
-		}
-	}
-}
-
 // checkTransfers moves random transfers and compares both whole regions with the model after each.
 func checkTransfers(t *testing.T, s backend.Session, k *sink, near []byte, refill func(seed uint64), sum func() [sha256.Size]byte) {
 	wantNear, wantFar := make([]byte, nearSize), make([]byte, farSize)
@@ -85,10 +73,10 @@ func checkTransfers(t *testing.T, s backend.Session, k *sink, near []byte, refil
 		if err := post(s, op, cookie, segments...); err != nil {
 			rt.Fatal(err)
 		}
-		if c := k.wait(t, cookie); c.Err != nil {
+		if c := k.Wait(t, cookie); c.Err != nil {
 			rt.Fatal(c.Err)
 		}
-		naive(op, wantNear, wantFar, segments)
+		backendtest.Model(op, wantNear, wantFar, segments...)
 		if !bytes.Equal(near, wantNear) {
 			rt.Fatalf("%s: the local region is wrong", op)
 		}
@@ -106,9 +94,8 @@ func TestBytesInOneProcess(t *testing.T) {
 			near, far := memory(t, 1, nearSize, 0), memory(t, 2, farSize, all)
 			register(t, a, near)
 			remote := register(t, b, far)
-			k := newSink()
-			s, err := connect(t, a, b.self, b).Session(soon(t), 1, remote, k)
-			must(t, err)
+			k := new(sink)
+			s := bind(t, connect(t, a, b.self, b), 1, remote, k)
 			checkTransfers(t, s, k, near.Bytes,
 				func(seed uint64) { fill(far.Bytes, seed) },
 				func() [sha256.Size]byte { return sha256.Sum256(far.Bytes) })
@@ -121,13 +108,15 @@ func TestBytesAcrossProcesses(t *testing.T) {
 	b := startChild(t, peer("b", 2))
 	near := memory(t, 1, nearSize, 0)
 	register(t, a, near)
-	remote := b.register(t, RegionArgs{ID: 7, Size: farSize, Rights: all})
-	k := newSink()
-	s, err := connect(t, a, b.self, b).Session(soon(t), 1, remote, k)
-	must(t, err)
+	remote := b.Register(t, regionArgs{ID: 7, Size: farSize, Rights: all})
+	k := new(sink)
+	s := bind(t, connect(t, a, b.Self, b), 1, remote, k)
 	checkTransfers(t, s, k, near.Bytes,
-		func(seed uint64) { must(t, b.call("Fill", RegionArgs{ID: 7, Seed: seed}, &Nothing{})) },
-		func() [sha256.Size]byte { return b.sum(t, 7) })
+		func(seed uint64) { must(t, b.Call("Fill", regionArgs{ID: 7, Seed: seed}, nil)) },
+		func() (sum [sha256.Size]byte) {
+			must(t, b.Call("Sum", backend.RegionID(7), &sum))
+			return sum
+		})
 }
 
 // TestManySessions has goroutines share one endpoint, a session each, on neighbouring parts of the regions.
@@ -141,9 +130,10 @@ func TestManySessions(t *testing.T) {
 	remote := register(t, b, far)
 	e := connect(t, a, b.self, b)
 	var group sync.WaitGroup
+	sinks := make([]sink, users)
 	for u := range uint64(users) {
+		k := &sinks[u]
 		group.Go(func() {
-			k := newSink()
 			s, err := e.Session(soon(t), 1, remote, k)
 			if err != nil {
 				t.Error(err)
@@ -155,14 +145,7 @@ func TestManySessions(t *testing.T) {
 				if cookie%2 == 1 {
 					length /= 2
 				}
-				err := post(s, backend.Write, cookie, backend.Segment{Local: u * share, Remote: u * share, Length: length})
-				for backend.CodeOf(err) == backend.Busy {
-					select {
-					case <-k.more:
-					case <-time.After(backend.DefaultRetryAfter): // the others have all the room
-					}
-					err = post(s, backend.Write, cookie, backend.Segment{Local: u * share, Remote: u * share, Length: length})
-				}
+				err := backendtest.PostWhenFree(s, backend.Write, cookie, backend.Segment{Local: u * share, Remote: u * share, Length: length})
 				if err != nil {
 					t.Error(err)
 				}
@@ -170,11 +153,13 @@ func TestManySessions(t *testing.T) {
 			if err := s.Close(); err != nil {
 				t.Error(err)
 			}
-			if len(k.got) != rounds || len(k.twin) > 0 {
-				t.Errorf("%d transfers completed, %d of them twice, want %d", len(k.got), len(k.twin), rounds)
-			}
 		})
 	}
 	group.Wait()
+	for i := range sinks {
+		if n := len(sinks[i].All(t)); n != rounds {
+			t.Errorf("%d transfers completed, want %d", n, rounds)
+		}
+	}
 	wantSame(t, "remote region", far.Bytes, near.Bytes)
 }

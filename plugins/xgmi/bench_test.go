@@ -5,13 +5,9 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugin-sdk/gpu/gpusim"
 )
-
-// signal is a sink for one transfer at a time.
-type signal chan error
-
-func (s signal) Complete(c backend.Completion) { s <- c.Err }
 
 // BenchmarkSimulated moves 256 pages between two simulated GPUs: one transfer for each page, and one for all of them,
 // whose near pages are in a row, or anywhere. It says what the calls and completions cost the processor, and nothing of
@@ -34,9 +30,8 @@ func BenchmarkSimulated(b *testing.B) {
 			b.Run(fmt.Sprintf("%dKiB/%s", page/kib, c.name), func(b *testing.B) {
 				w := newWorld(b, gpusim.Machine{})
 				k := w.newCouple(0, 1, int(2*n*page))
-				done := make(signal, n)
-				s, err := k.endpoint.Session(soon(b), 1, k.remote, done)
-				must(b, err)
+				done := make(backendtest.Signal, n)
+				s := bind(b, k.endpoint, 1, k.remote, done)
 				b.SetBytes(n * int64(page))
 				b.ReportAllocs()
 				for b.Loop() {
@@ -58,9 +53,8 @@ func BenchmarkSimulated(b *testing.B) {
 func BenchmarkSimulatedLatency(b *testing.B) {
 	w := newWorld(b, gpusim.Machine{})
 	k := w.newCouple(0, 1, mib)
-	done := make(signal, 1)
-	s, err := k.endpoint.Session(soon(b), 1, k.remote, done)
-	must(b, err)
+	done := make(backendtest.Signal, 1)
+	s := bind(b, k.endpoint, 1, k.remote, done)
 	segments := []backend.Segment{{Length: 4 * kib}}
 	b.ReportAllocs()
 	for b.Loop() {

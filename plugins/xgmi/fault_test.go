@@ -73,10 +73,10 @@ func TestBadMemory(t *testing.T) {
 					}
 					w.sim.SetFaults(faults...)
 					must(t, post(k.session, op, 1, c.segments...))
-					done := k.sink.wait(t, 1)
+					done := k.sink.Wait(t, 1)
 					wantCode(t, done.Err, backend.Internal, "hipErrorUnknown", "GPU 0000:c1:00.0 (Simulated GPU 0)")
 					wantOutcomes(t, done, want...)
-					model(op, near, far, good)
+					model(op, near, far, good...)
 					for _, s := range good { // what else was tried may be there or not
 						wantSame(t, "near", w.content(k.near)[s.Local:][:s.Length], near[s.Local:][:s.Length])
 						wantSame(t, "far", w.content(k.far)[s.Remote:][:s.Length], far[s.Remote:][:s.Length])
@@ -84,7 +84,7 @@ func TestBadMemory(t *testing.T) {
 					// The session goes on.
 					w.sim.SetFaults()
 					must(t, post(k.session, op, 2, c.segments...))
-					must(t, k.sink.wait(t, 2).Err)
+					must(t, k.sink.Wait(t, 2).Err)
 					if err := k.a.engine.devices[0].lost.Load(); err != nil {
 						t.Errorf("the device counts as lost: %v", *err)
 					}
@@ -111,10 +111,10 @@ func TestOneFails(t *testing.T) {
 			for i := range uint64(4) {
 				s := backend.Segment{Local: i * mib / 4, Remote: i * mib / 4, Length: mib / 4}
 				must(t, post(k.session, backend.Write, i+1, s))
-				model(backend.Write, near, far, []backend.Segment{s})
+				model(backend.Write, near, far, s)
 			}
 			for i := range uint64(4) {
-				must(t, k.sink.wait(t, i+1).Err)
+				must(t, k.sink.Wait(t, i+1).Err)
 			}
 			wantSame(t, "far region", w.content(k.far), far)
 			if n := k.a.count(t, "copies"); n <= 16+16 {
@@ -145,7 +145,7 @@ func TestScarcity(t *testing.T) {
 			near, far := w.region(1, c.near, mib, 0), w.region(5, c.far, mib, all)
 			a.register(t, near)
 			remote := b.register(t, far)
-			e, k := a.connect(t, b.self, b), newSink()
+			e, k := a.connect(t, b.self, b), new(sink)
 			w.sim.SetFaults(gpusim.Fault{Call: c.fault})
 			s, err := e.Session(soon(t), 1, remote, k)
 			if c.code != 0 {
@@ -160,7 +160,7 @@ func TestScarcity(t *testing.T) {
 			}
 			must(t, err)
 			must(t, post(s, backend.Write, 1, backend.Segment{Length: mib}))
-			must(t, k.wait(t, 1).Err)
+			must(t, k.Wait(t, 1).Err)
 			wantSame(t, "far region", w.content(far), w.content(near))
 		})
 	}
@@ -175,8 +175,8 @@ func TestNoEvent(t *testing.T) {
 	must(t, post(k.session, backend.Write, 2, backend.Segment{Length: mib}))
 	until(t, "the second transfer is refused", func() bool { return k.a.count(t, "copies") == 2 })
 	w.sim.SetFaults()
-	must(t, k.sink.wait(t, 1).Err)
-	c := k.sink.wait(t, 2)
+	must(t, k.sink.Wait(t, 1).Err)
+	c := k.sink.Wait(t, 2)
 	wantCode(t, c.Err, backend.Internal, "no event")
 	wantOutcomes(t, c, backend.Failed) // a part of it was copied
 }
@@ -188,15 +188,13 @@ func TestDeviceLost(t *testing.T) {
 	w.loses = true
 	k := w.newCouple(0, 1, mib, "part_bytes=64KiB", "streams=1")
 	a, b := k.a, k.b
-	others := newSink()
+	others := new(sink)
 	a.register(t, w.region(2, 1, mib, 0))
 	second := a.connect(t, b.self, b)
 	onOther, err := second.Session(soon(t), 2, k.remote, others) // moved by the other device
 	must(t, err)
-	idle, err := a.connect(t, b.self, b).Session(soon(t), 1, k.remote, others)
-	must(t, err)
-	farLost, err := a.connect(t, b.self, b).Session(soon(t), 2, b.register(t, w.region(6, 0, mib, all)), others)
-	must(t, err)
+	idle := bind(t, a.connect(t, b.self, b), 1, k.remote, others)
+	farLost := bind(t, a.connect(t, b.self, b), 2, b.register(t, w.region(6, 0, mib, all)), others)
 
 	var parts []backend.Segment
 	for i := range uint64(n) {
@@ -207,14 +205,14 @@ func TestDeviceLost(t *testing.T) {
 	for i := range uint64(3) {
 		must(t, post(k.session, backend.Write, i+1, parts...))
 	}
-	c := k.sink.wait(t, 1)
+	c := k.sink.Wait(t, 1)
 	wantCode(t, c.Err, backend.PathDown, "GPU 0000:c1:00.0 (Simulated GPU 0) is lost", "hipErrorLaunchFailure")
 	done := slices.IndexFunc(c.Outcomes, func(o backend.Outcome) bool { return o != backend.Done })
 	if done < 0 || done > 5 || !slices.IsSorted(ranks(c.Outcomes)) || c.Outcomes[done] != backend.Failed || c.Outcomes[n-1] != backend.NotSent {
 		t.Errorf("outcomes %v, want some done, some failed, some not sent", c.Outcomes)
 	}
 	for _, cookie := range []uint64{2, 3} {
-		late := k.sink.wait(t, cookie)
+		late := k.sink.Wait(t, cookie)
 		wantCode(t, late.Err, backend.PathDown)
 		wantOutcomes(t, late, make([]backend.Outcome, n)...)
 	}
@@ -222,10 +220,10 @@ func TestDeviceLost(t *testing.T) {
 	<-k.endpoint.Done()
 	wantCode(t, post(k.session, backend.Write, 4, parts...), backend.PathDown)
 	must(t, post(idle, backend.Write, 5, parts...))
-	wantCode(t, others.wait(t, 5).Err, backend.PathDown)
+	wantCode(t, others.Wait(t, 5).Err, backend.PathDown)
 	copies := a.count(t, "copies")
 	must(t, post(farLost, backend.Write, 7, backend.Segment{Length: 10})) // another device would copy to it
-	c7 := others.wait(t, 7)
+	c7 := others.Wait(t, 7)
 	wantCode(t, c7.Err, backend.PathDown, "is lost to this process")
 	wantOutcomes(t, c7, backend.NotSent)
 	if n := a.count(t, "copies"); n != copies {
@@ -238,7 +236,7 @@ func TestDeviceLost(t *testing.T) {
 	wantCode(t, err, backend.Unsupported, "is lost to this process")
 	// Other devices go on.
 	must(t, post(onOther, backend.Read, 6, parts...))
-	must(t, others.wait(t, 6).Err)
+	must(t, others.Wait(t, 6).Err)
 	got := w.content(k.far)
 	for i, o := range c.Outcomes {
 		at, end := i*64*kib, (i+1)*64*kib
@@ -300,12 +298,12 @@ func TestQuiet(t *testing.T) {
 				default:
 				}
 			}
-			if _, ok := k.sink.has(1); ok {
+			if k.sink.Has(1) {
 				t.Error("the transfer completed while copies were under way")
 			}
 			w.sim.SetFaults()
 			<-ended
-			done := k.sink.wait(t, 1)
+			done := k.sink.Wait(t, 1)
 			wantCode(t, done.Err, c.code)
 			// Four parts were submitted, of 66 segments each, and no more.
 			const sent = ahead * 66
@@ -337,7 +335,7 @@ func TestFewAhead(t *testing.T) {
 		t.Errorf("%d copies are submitted, want %d", sent, ahead*partOps)
 	}
 	w.sim.SetFaults()
-	must(t, k.sink.wait(t, 1).Err)
+	must(t, k.sink.Wait(t, 1).Err)
 	wantSame(t, "the last page", w.content(k.far)[(n-1)*4*kib:][:kib], w.content(k.near)[:kib])
 }
 
@@ -350,7 +348,7 @@ func TestRepairStopped(t *testing.T) {
 	until(t, "both parts are submitted", func() bool { return k.a.count(t, "events") == 2 })
 	k.session.Cancel(1)
 	w.sim.SetFaults(gpusim.Fault{Effect: gpusim.Fail, Times: 1})
-	done := k.sink.wait(t, 1)
+	done := k.sink.Wait(t, 1)
 	wantCode(t, done.Err, backend.Cancelled)
 	if n := k.a.count(t, "copies"); n != 2 || slices.Contains(done.Outcomes, backend.NotSent) {
 		t.Errorf("%d copies and outcomes %v, want 2 copies and no segment that is not sent", n, done.Outcomes)
@@ -367,16 +365,16 @@ func TestCancelInLine(t *testing.T) {
 	}
 	for _, cookie := range []uint64{3, 2} {
 		k.session.Cancel(cookie)
-		c := k.sink.wait(t, cookie)
+		c := k.sink.Wait(t, cookie)
 		wantCode(t, c.Err, backend.Cancelled)
 		wantOutcomes(t, c, backend.NotSent)
 	}
-	if _, ok := k.sink.has(1); ok {
+	if k.sink.Has(1) {
 		t.Error("the first transfer completed while its copies were under way")
 	}
 	w.sim.SetFaults()
-	must(t, k.sink.wait(t, 1).Err)
-	must(t, k.sink.wait(t, 4).Err)
+	must(t, k.sink.Wait(t, 1).Err)
+	must(t, k.sink.Wait(t, 4).Err)
 }
 
 // TestCorruptPair has the bytes between two GPUs come out wrong, in one direction.
@@ -401,14 +399,14 @@ func TestCorruptPair(t *testing.T) {
 			var group sync.WaitGroup
 			for range 8 {
 				group.Go(func() {
-					_, err := e.Session(soon(t), 1, remote, newSink())
+					_, err := e.Session(soon(t), 1, remote, new(sink))
 					if backend.CodeOf(err) != backend.Unsupported {
 						t.Errorf("got %v, want unsupported", err)
 					}
 				})
 			}
 			group.Wait()
-			_, err := e.Session(soon(t), 1, remote, newSink())
+			_, err := e.Session(soon(t), 1, remote, new(sink))
 			wantCode(t, err, backend.Unsupported, "GPU 0000:c1:00.0 (Simulated GPU 0)", "GPU 0000:c2:00.0 (Simulated GPU 1)", c.words)
 			if tests, failed := a.count(t, "self_tests"), a.count(t, "self_tests_failed"); tests != 1 || failed != 1 {
 				t.Errorf("%d self-tests, of which %d failed; want 1 and 1", tests, failed)
@@ -417,13 +415,11 @@ func TestCorruptPair(t *testing.T) {
 				t.Errorf("logged %q, want one line", w.log.with())
 			}
 			// Another pair of the same connection is good.
-			_, err = e.Session(soon(t), 1, same, newSink())
-			must(t, err)
+			bind(t, e, 1, same, new(sink))
 			// Another connection makes its own test.
 			w.sim.SetFaults()
-			_, err = a.connect(t, b.self, b).Session(soon(t), 1, remote, newSink())
-			must(t, err)
-			_, err = e.Session(soon(t), 1, remote, newSink())
+			bind(t, a.connect(t, b.self, b), 1, remote, new(sink))
+			_, err = e.Session(soon(t), 1, remote, new(sink))
 			wantCode(t, err, backend.Unsupported)
 			// What is remembered of a connection goes with it.
 			must(t, e.Close())
@@ -448,7 +444,7 @@ func TestSelfTestCancelled(t *testing.T) {
 	sessionOf := func(end <-chan struct{}) {
 		ctx, cancel := contextUntil(end)
 		defer cancel()
-		_, err := e.Session(ctx, 1, remote, newSink())
+		_, err := e.Session(ctx, 1, remote, new(sink))
 		results <- err
 	}
 	end := make(chan struct{})
@@ -459,8 +455,7 @@ func TestSelfTestCancelled(t *testing.T) {
 	wantCode(t, <-results, backend.Cancelled) // one waits for the other, which waits for its copies
 	w.sim.SetFaults()
 	wantCode(t, <-results, backend.Cancelled)
-	_, err := e.Session(soon(t), 1, remote, newSink())
-	must(t, err)
+	bind(t, e, 1, remote, new(sink))
 	if failed := a.count(t, "self_tests_failed"); failed != 0 {
 		t.Errorf("%d self-tests failed", failed)
 	}
@@ -478,7 +473,7 @@ func TestSelfTestsShareScratch(t *testing.T) {
 	w.sim.SetFaults(gpusim.Fault{Effect: gpusim.Stall})
 	results := make(chan error, 2)
 	begin := func(near backend.RegionID) {
-		_, err := e.Session(soon(t), near, remote, newSink())
+		_, err := e.Session(soon(t), near, remote, new(sink))
 		results <- err
 	}
 	go begin(1)
@@ -512,7 +507,7 @@ func TestSelfTestInLine(t *testing.T) {
 	cancel()
 	wantCode(t, <-result, backend.Cancelled)
 	w.sim.SetFaults()
-	must(t, k.sink.wait(t, 1).Err)
+	must(t, k.sink.Wait(t, 1).Err)
 }
 
 // TestScratchIsGivenBack counts the memory that self-tests take.
@@ -527,8 +522,7 @@ func TestScratchIsGivenBack(t *testing.T) {
 		e := a.connect(t, b.self, b)
 		ends = append(ends, e)
 		for range 2 {
-			_, err := e.Session(soon(t), 1, remote, newSink())
-			must(t, err)
+			bind(t, e, 1, remote, new(sink))
 		}
 	}
 	if n := w.sim.Counts().Allocations - before; n != 3 {

@@ -1,27 +1,22 @@
 package xgmi
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugin-sdk/gpu"
 	"github.com/umbp/umbp/plugin-sdk/gpu/gpusim"
 )
-
-// patience is how long a test waits for what must happen. No test depends on its length.
-const patience = 30 * time.Second
 
 const (
 	all = backend.RemoteRead | backend.RemoteWrite
@@ -29,14 +24,26 @@ const (
 	mib = 1 << 20
 )
 
-func soon(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	t.Cleanup(cancel)
-	return ctx
-}
+type sink = backendtest.Sink
 
-func peer(node string, incarnation uint64) backend.Peer {
-	return backend.Peer{Node: node, Incarnation: incarnation, Host: "here"}
+var (
+	soon         = backendtest.Context
+	must         = backendtest.Must
+	wantCode     = backendtest.WantCode
+	wantOutcomes = backendtest.WantOutcomes
+	wantSame     = backendtest.WantSame
+	until        = backendtest.Eventually
+	filled       = backendtest.Filled
+	peer         = backendtest.Peer
+	bind         = backendtest.Bind
+	post         = backendtest.Post
+	model        = backendtest.Model
+)
+
+// TestMain runs the tests, or, in a process that the tests started, the other end.
+func TestMain(m *testing.M) {
+	backendtest.ServeChild(newChild())
+	goleak.VerifyTestMain(m)
 }
 
 // host is a process that has memory of its own to register: this one, or a child.
@@ -68,11 +75,14 @@ const margin = 3 * 4096
 
 // memory makes a region on a device, or, with number -1, on the host.
 func (h *host) memory(id backend.RegionID, device, size int, rights backend.Rights) (backend.Memory, error) {
-	m := backend.Memory{Region: id, Kind: backend.GPUMemory, Rights: rights, FD: -1}
 	if device < 0 {
-		m.Kind, m.FDOffset = backend.HostMemory, margin
-		return m, h.hostMemory(&m, size)
+		m, err := backendtest.NewMemfd(id, size, rights, unix.F_SEAL_SHRINK)
+		if err == nil {
+			h.mapped = append(h.mapped, func() error { return backendtest.FreeMemfd(m) })
+		}
+		return m, err
 	}
+	m := backend.Memory{Region: id, Kind: backend.GPUMemory, Rights: rights, FD: -1}
 	base, err := h.rt.Alloc(device, uint64(size+2*margin))
 	if err != nil {
 		return m, err
@@ -81,28 +91,6 @@ func (h *host) memory(id backend.RegionID, device, size int, rights backend.Righ
 	g, err := h.rt.Describe(base+margin, uint64(size))
 	m.GPU = &g
 	return m, err
-}
-
-func (h *host) hostMemory(m *backend.Memory, size int) error {
-	fd, err := unix.MemfdCreate("umbp-xgmi-test", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	if err != nil {
-		return err
-	}
-	m.FD = fd
-	h.mapped = append(h.mapped, func() error { return unix.Close(fd) })
-	if err := unix.Ftruncate(fd, int64(size+2*margin)); err != nil {
-		return err
-	}
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK); err != nil {
-		return err
-	}
-	whole, err := unix.Mmap(fd, 0, size+2*margin, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return err
-	}
-	h.mapped = append(h.mapped, func() error { return unix.Munmap(whole) })
-	m.Bytes = whole[margin:][:size:size]
-	return nil
 }
 
 func (h *host) number(m *backend.Memory) int {
@@ -179,12 +167,8 @@ func (w *world) content(m backend.Memory) []byte {
 
 // options returns the options of an instance on this machine. More are given as name=value.
 func (w *world) options(more ...string) map[string]string {
-	raw := map[string]string{"socket_dir": socketDir(w.t), "runtime": w.runtime, "library": w.sim.Library}
-	for _, o := range more {
-		name, value, _ := strings.Cut(o, "=")
-		raw[name] = value
-	}
-	return raw
+	of := []string{"socket_dir=" + backendtest.SocketDir(w.t), "runtime=" + w.runtime, "library=" + w.sim.Library}
+	return backendtest.Options(append(of, more...)...)
 }
 
 // node opens an instance that is closed, without an error, when the test ends.
@@ -225,55 +209,21 @@ func openInstance(self backend.Peer, options map[string]string, log backend.Logg
 	return open(backend.Config{Self: self, Options: values, Log: log})
 }
 
-// socketDir returns a new directory with a short name: socket paths are bounded.
-func socketDir(t testing.TB) string {
+func (n *node) connect(t testing.TB, to backend.Peer, target backendtest.Target) backend.Endpoint {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "umbp")
-	must(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
-// answerer is a target: an instance here, or one in a child process.
-type answerer interface {
-	Answer(ctx context.Context, peer backend.Peer, offer []byte) ([]byte, error)
-}
-
-func (n *node) connect(t testing.TB, to backend.Peer, target answerer) backend.Endpoint {
-	t.Helper()
-	h, err := n.Offer(soon(t), to)
-	must(t, err)
-	a, err := target.Answer(soon(t), n.self, h.Offer())
-	must(t, err)
-	e, err := h.Establish(soon(t), a)
-	must(t, err)
-	return e
+	return backendtest.Connect(t, n, n.self, to, target)
 }
 
 // register registers a region and returns its descriptor.
 func (n *node) register(t testing.TB, m backend.Memory) backend.Remote {
 	t.Helper()
-	key, err := n.Register(soon(t), m)
-	must(t, err)
-	return describe(n.self, m, key)
-}
-
-func describe(of backend.Peer, m backend.Memory, key []byte) backend.Remote {
-	return backend.Remote{
-		Peer: of, Region: m.Region, Kind: m.Kind, Rights: m.Rights, Size: m.Size(), Place: m.Place(), Key: key,
-	}
+	return backendtest.Register(t, n, n.self, m)
 }
 
 // count returns one of the counters.
 func (n *node) count(t testing.TB, name string) uint64 {
 	t.Helper()
-	for _, c := range n.Counters() {
-		if c.Name == name {
-			return c.Value
-		}
-	}
-	t.Fatalf("no counter %q", name)
-	return 0
+	return backendtest.Count(t, n, name)
 }
 
 // couple is an initiator and a target in this process, with a session between two regions.
@@ -290,135 +240,13 @@ type couple struct {
 // newCouple makes regions of a size on two devices, -1 being the host.
 func (w *world) newCouple(nearDevice, farDevice, size int, options ...string) *couple {
 	w.t.Helper()
-	c := &couple{world: w, a: w.node(peer("a", 1), options...), b: w.node(peer("b", 2), options...), sink: newSink()}
+	c := &couple{world: w, a: w.node(peer("a", 1), options...), b: w.node(peer("b", 2), options...), sink: new(sink)}
 	c.near, c.far = w.region(1, nearDevice, size, 0), w.region(5, farDevice, size, all)
 	c.a.register(w.t, c.near)
 	c.remote = c.b.register(w.t, c.far)
 	c.endpoint = c.a.connect(w.t, c.b.self, c.b)
-	var err error
-	c.session, err = c.endpoint.Session(soon(w.t), 1, c.remote, c.sink)
-	must(w.t, err)
+	c.session = bind(w.t, c.endpoint, 1, c.remote, c.sink)
 	return c
-}
-
-// sink collects completions. It keeps copies, as the contract says.
-type sink struct {
-	mu   sync.Mutex
-	got  map[uint64]backend.Completion
-	more chan struct{}
-	twin []uint64 // cookies that completed twice
-}
-
-func newSink() *sink {
-	return &sink{got: make(map[uint64]backend.Completion), more: make(chan struct{}, 1)}
-}
-
-func (s *sink) Complete(c backend.Completion) {
-	c.Outcomes = slices.Clone(c.Outcomes)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if _, ok := s.got[c.Cookie]; ok {
-		s.twin = append(s.twin, c.Cookie)
-	}
-	s.got[c.Cookie] = c
-	select {
-	case s.more <- struct{}{}:
-	default:
-	}
-}
-
-func (s *sink) has(cookie uint64) (backend.Completion, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	c, ok := s.got[cookie]
-	return c, ok
-}
-
-// wait returns the completion of a cookie. One goroutine at a time may wait.
-func (s *sink) wait(t testing.TB, cookie uint64) backend.Completion {
-	t.Helper()
-	for limit := time.After(patience); ; {
-		if c, ok := s.has(cookie); ok {
-			if len(s.twin) > 0 {
-				t.Fatalf("completed twice: %v", s.twin)
-			}
-			return c
-		}
-		select {
-		case <-s.more:
-		case <-limit:
-			t.Fatalf("transfer %d does not complete", cookie)
-		}
-	}
-}
-
-// post posts a transfer and overwrites the caller's segments at once, as a host may.
-func post(s backend.Session, op backend.Op, cookie uint64, segments ...backend.Segment) error {
-	mine := slices.Clone(segments)
-	err := s.Post(backend.Transfer{Op: op, Segments: mine, Cookie: cookie})
-	for i := range mine {
-		mine[i] = backend.Segment{Local: 1 << 60, Remote: 1 << 60, Length: 1 << 60}
-	}
-	return err
-}
-
-// until waits for what must come true without a sign.
-func until(t testing.TB, what string, is func() bool) {
-	t.Helper()
-	for limit := time.Now().Add(patience); !is(); time.Sleep(time.Millisecond) {
-		if time.Now().After(limit) {
-			t.Fatal("never comes true: " + what)
-		}
-	}
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func wantCode(t testing.TB, err error, code backend.Code, words ...string) {
-	t.Helper()
-	var e *backend.Error
-	if !errors.As(err, &e) || e.Code != code {
-		t.Fatalf("got %v, want code %q", err, code)
-	}
-	for _, w := range words {
-		if !strings.Contains(err.Error(), w) {
-			t.Fatalf("got %v, want it to say %q", err, w)
-		}
-	}
-}
-
-func wantOutcomes(t testing.TB, c backend.Completion, want ...backend.Outcome) {
-	t.Helper()
-	if !slices.Equal(c.Outcomes, want) {
-		t.Fatalf("outcomes %v, want %v (%v)", c.Outcomes, want, c.Err)
-	}
-}
-
-// filled returns bytes that are different for each seed.
-func filled(n int, seed uint64) []byte {
-	var key [32]byte
-	key[0], key[1] = byte(seed), byte(seed>>8)
-	b := make([]byte, n)
-	rand.NewChaCha8(key).Read(b)
-	return b
-}
-
-func wantSame(t testing.TB, what string, got, want []byte) {
-	t.Helper()
-	if bytes.Equal(got, want) {
-		return
-	}
-	for i := range want {
-		if got[i] != want[i] {
-			t.Fatalf("%s: byte %d is %#x, want %#x", what, i, got[i], want[i])
-		}
-	}
-	t.Fatalf("%s: %d bytes, want %d", what, len(got), len(want))
 }
 
 // logged is what was logged at warning and above.

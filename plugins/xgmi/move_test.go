@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugin-sdk/gpu/gpusim"
 )
 
@@ -43,17 +44,6 @@ func patterns() map[string][]backend.Segment {
 	return p
 }
 
-// model moves the segments between two copies of the regions.
-func model(op backend.Op, near, far []byte, segments []backend.Segment) {
-	for _, s := range segments {
-		if op == backend.Write {
-			copy(far[s.Remote:][:s.Length], near[s.Local:])
-		} else {
-			copy(near[s.Local:][:s.Length], far[s.Remote:])
-		}
-	}
-}
-
 func TestMoves(t *testing.T) {
 	for _, m := range []gpusim.Machine{{Runtime: "hip"}, {Runtime: "hip", Version: 60342131}, {Runtime: "cuda"}} {
 		for _, pair := range places {
@@ -68,10 +58,10 @@ func TestMoves(t *testing.T) {
 						must(t, w.store(&c.near, near))
 						must(t, w.store(&c.far, far))
 						must(t, post(c.session, op, cookie, segments...))
-						if done := c.sink.wait(t, cookie); done.Err != nil {
+						if done := c.sink.Wait(t, cookie); done.Err != nil {
 							t.Fatalf("%s %s: %v", op, name, done.Err)
 						}
-						model(op, near, far, segments)
+						model(op, near, far, segments...)
 						wantSame(t, op.String()+" "+name+": near region", w.content(c.near), near)
 						wantSame(t, op.String()+" "+name+": far region", w.content(c.far), far)
 					}
@@ -98,8 +88,7 @@ func TestManyTransfers(t *testing.T) {
 	near, far := w.content(c.near), w.content(c.far)
 	sessions := []backend.Session{c.session}
 	for range 3 {
-		s, err := c.endpoint.Session(soon(t), 1, c.remote, c.sink)
-		must(t, err)
+		s := bind(t, c.endpoint, 1, c.remote, c.sink)
 		sessions = append(sessions, s)
 	}
 	for i := range uint64(slots) {
@@ -111,19 +100,11 @@ func TestManyTransfers(t *testing.T) {
 		segments := []backend.Segment{
 			{Local: at + 100, Remote: at, Length: 20000}, {Local: at + 30000, Remote: at + 21000, Length: 300}, {Local: at + 21000, Remote: at + 22000, Length: 7},
 		}
-		for {
-			err := post(sessions[i%4], op, i+1, segments...)
-			if backend.CodeOf(err) == backend.Busy {
-				<-c.sink.more
-				continue
-			}
-			must(t, err)
-			break
-		}
-		model(op, near, far, segments)
+		must(t, backendtest.PostWhenFree(sessions[i%4], op, i+1, segments...))
+		model(op, near, far, segments...)
 	}
 	for i := range uint64(slots) {
-		must(t, c.sink.wait(t, i+1).Err)
+		must(t, c.sink.Wait(t, i+1).Err)
 	}
 	wantSame(t, "near region", w.content(c.near), near)
 	wantSame(t, "far region", w.content(c.far), far)
@@ -151,7 +132,7 @@ func TestCalls(t *testing.T) {
 			w := newWorld(t, c.machine)
 			k := w.newCouple(0, 0, mib, append(c.options, "self_test=false")...)
 			must(t, post(k.session, backend.Write, 1, c.segments...))
-			must(t, k.sink.wait(t, 1).Err)
+			must(t, k.sink.Wait(t, 1).Err)
 			for _, got := range k.a.Counters() {
 				if got.Value != c.want[got.Name] {
 					t.Errorf("%s: %d, want %d", got.Name, got.Value, c.want[got.Name])
@@ -184,7 +165,7 @@ func TestRefusals(t *testing.T) {
 	}{
 		{-1, -1, "link"}, {-1, 0, ""}, {0, -1, ""}, {0, 1, ""}, {1, 0, "link"}, {1, 1, ""},
 	} {
-		s, err := e.Session(soon(t), backend.RegionID(2+c.near), remote[c.far], newSink())
+		s, err := e.Session(soon(t), backend.RegionID(2+c.near), remote[c.far], new(sink))
 		if c.words == "" {
 			must(t, err)
 			must(t, s.Close())
@@ -194,7 +175,7 @@ func TestRefusals(t *testing.T) {
 		// A descriptor that says another place leads no further.
 		lie := remote[c.far]
 		lie.Place = map[int]string{-1: w.sim.Devices[0].PCI, 0: w.sim.Devices[1].PCI}[c.far]
-		_, err = e.Session(soon(t), backend.RegionID(2+c.near), lie, newSink())
+		_, err = e.Session(soon(t), backend.RegionID(2+c.near), lie, new(sink))
 		wantCode(t, err, backend.Unsupported)
 	}
 	if links := a.Info().Capabilities.Links; len(links) != 2+1+4 {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugin-sdk/gpu/gpusim"
 	"github.com/umbp/umbp/plugin-sdk/samehost"
 )
@@ -18,23 +19,22 @@ func TestTwoProcesses(t *testing.T) {
 		t.Run(fmt.Sprintf("%s %d", m.Runtime, m.Version), func(t *testing.T) {
 			w := newWorld(t, m)
 			a, b := w.node(peer("a", 1), "part_bytes=64KiB"), w.child(peer("b", 2))
-			e := a.connect(t, b.self, b)
+			e := a.connect(t, b.Self, b)
 			for i, pair := range places {
 				id := backend.RegionID(1 + i)
 				near := w.region(id, pair[0], mib, 0)
 				a.register(t, near)
 				remote := b.register(t, RegionArgs{ID: 100 + id, Device: pair[1], Size: mib, Rights: all})
-				k := newSink()
-				s, err := e.Session(soon(t), id, remote, k)
-				must(t, err)
+				k := new(sink)
+				s := bind(t, e, id, remote, k)
 				ours, theirs := w.content(near), filled(mib, uint64(100+id))
 				for j, segments := range [][]backend.Segment{
 					patterns()["pieces"], patterns()["rows"], patterns()["all"], patterns()["the end"],
 				} {
 					for op, cookie := range map[backend.Op]uint64{backend.Write: uint64(2 * j), backend.Read: uint64(2*j + 1)} {
 						must(t, post(s, op, cookie, segments...))
-						must(t, k.wait(t, cookie).Err)
-						model(op, ours, theirs, segments)
+						must(t, k.Wait(t, cookie).Err)
+						model(op, ours, theirs, segments...)
 					}
 				}
 				wantSame(t, "near region", w.content(near), ours)
@@ -44,7 +44,7 @@ func TestTwoProcesses(t *testing.T) {
 			if in, out := a.count(t, "imports"), a.count(t, "imports_closed"); in == 0 || in != out {
 				t.Errorf("%d imports, %d closed", in, out)
 			}
-			must(t, b.call("Close", Nothing{}, &Nothing{}))
+			must(t, b.Call("Close", nil, nil))
 		})
 	}
 }
@@ -55,18 +55,17 @@ func TestRights(t *testing.T) {
 	a, b := w.node(peer("a", 1)), w.child(peer("b", 2))
 	near := w.region(1, 0, mib, 0)
 	a.register(t, near)
-	e, k := a.connect(t, b.self, b), newSink()
+	e, k := a.connect(t, b.Self, b), new(sink)
 	for i, device := range []int{-1, 0} {
 		id := backend.RegionID(10 * (i + 1))
 		allowed := map[backend.Op]backend.Rights{backend.Read: backend.RemoteRead, backend.Write: backend.RemoteWrite}
 		for op, rights := range allowed {
 			id++
-			s, err := e.Session(soon(t), 1, b.register(t, RegionArgs{ID: id, Device: device, Size: mib, Rights: rights}), k)
-			must(t, err)
+			s := bind(t, e, 1, b.register(t, RegionArgs{ID: id, Device: device, Size: mib, Rights: rights}), k)
 			other := backend.Read ^ backend.Write ^ op
 			wantCode(t, post(s, other, uint64(id), backend.Segment{Length: mib}), backend.Denied)
 			must(t, post(s, op, uint64(id), backend.Segment{Length: mib}))
-			must(t, k.wait(t, uint64(id)).Err)
+			must(t, k.Wait(t, uint64(id)).Err)
 			wantSame(t, op.String(), w.content(near), b.content(t, id))
 		}
 	}
@@ -78,21 +77,20 @@ func TestOneImport(t *testing.T) {
 	w := newWorld(t, gpusim.Machine{})
 	b := w.child(peer("b", 2))
 	var remotes []backend.Remote
-	must(t, b.call("Slices", RegionArgs{ID: 100, Device: 1, Size: 64 * kib, Rights: all}, &remotes))
+	must(t, b.Call("Slices", RegionArgs{ID: 100, Device: 1, Size: 64 * kib, Rights: all}, &remotes))
 	near := w.region(1, 0, n*64*kib, 0)
 	var nodes []*node
 	var ends []backend.Endpoint
 	for i := range uint64(2) {
 		a := w.node(peer("a", 1+i), "self_test=false")
 		a.register(t, near)
-		e, k := a.connect(t, b.self, b), newSink()
+		e, k := a.connect(t, b.Self, b), new(sink)
 		nodes, ends = append(nodes, a), append(ends, e)
 		for j, r := range remotes {
-			r.Peer = b.self
-			s, err := e.Session(soon(t), 1, r, k)
-			must(t, err)
+			r.Peer = b.Self
+			s := bind(t, e, 1, r, k)
 			must(t, post(s, backend.Read, uint64(j), backend.Segment{Local: uint64(j) * 64 * kib, Length: 64 * kib}))
-			must(t, k.wait(t, uint64(j)).Err)
+			must(t, k.Wait(t, uint64(j)).Err)
 			wantSame(t, "slice", w.content(near)[j*64*kib:][:64*kib], filled(64*kib, uint64(r.Region)))
 		}
 	}
@@ -116,19 +114,18 @@ func TestManyHandles(t *testing.T) {
 	a, b := w.node(peer("a", 1)), w.child(peer("b", 2))
 	near := w.region(1, 0, n*size, 0)
 	a.register(t, near)
-	e, k := a.connect(t, b.self, b), newSink()
+	e, k := a.connect(t, b.Self, b), new(sink)
 	var sessions []backend.Session
 	for i := range n {
 		r := b.register(t, RegionArgs{ID: backend.RegionID(100 + i), Device: i % 2, Size: size, Rights: all})
-		s, err := e.Session(soon(t), 1, r, k)
-		must(t, err)
+		s := bind(t, e, 1, r, k)
 		sessions = append(sessions, s)
 	}
 	for i, s := range sessions {
 		must(t, post(s, backend.Read, uint64(i), backend.Segment{Local: uint64(i) * size, Length: size}))
 	}
 	for i := range sessions {
-		must(t, k.wait(t, uint64(i)).Err)
+		must(t, k.Wait(t, uint64(i)).Err)
 	}
 	got := w.content(near)
 	for i, s := range sessions {
@@ -136,14 +133,14 @@ func TestManyHandles(t *testing.T) {
 		must(t, post(s, backend.Write, uint64(n+i), backend.Segment{Local: uint64(n-1-i) * size, Length: size}))
 	}
 	for i := range sessions {
-		must(t, k.wait(t, uint64(n+i)).Err)
+		must(t, k.Wait(t, uint64(n+i)).Err)
 		wantSame(t, "what was written", b.content(t, backend.RegionID(100+i)), got[(n-1-i)*size:][:size])
 	}
 	if got := w.sim.Counts().Imports; got != n+2 { // and the scratch of two self-tests
 		t.Errorf("%d imports are open, want %d", got, n+2)
 	}
 	// What the target deregisters, it gets back, with the connection.
-	must(t, b.call("Deregister", backend.RegionID(100), &Nothing{}))
+	must(t, b.Call("Deregister", backend.RegionID(100), nil))
 	<-e.Done()
 	must(t, e.Close())
 	if got := w.sim.Counts().Imports; got != 0 {
@@ -161,26 +158,26 @@ func TestLentOn(t *testing.T) {
 	g := *ours.GPU
 	g.Address, sent.GPU = 0, &g
 	var remote backend.Remote
-	must(t, a.call("Import", sent, &remote))
-	remote.Peer = a.self
+	must(t, a.Call("Import", sent, &remote))
+	remote.Peer = a.Self
 	var offer, answer []byte
-	must(t, b.call("Offer", a.self, &offer))
-	must(t, a.call("Answer", PeerArgs{b.self, offer}, &answer))
-	must(t, b.call("Establish", answer, &Nothing{}))
+	must(t, b.Call("Offer", a.Self, &offer))
+	must(t, a.Call("Answer", backendtest.AnswerArgs{Peer: b.Self, Offer: offer}, &answer))
+	must(t, b.Call("Establish", answer, nil))
 	b.register(t, RegionArgs{ID: 1, Device: 0, Size: mib})
-	must(t, b.call("Session", PostArgs{Local: 1, Remote: remote}, &Nothing{}))
+	must(t, b.Call("Session", PostArgs{Local: 1, Remote: remote}, nil))
 	segments := patterns()["pieces"]
-	must(t, b.call("Post", PostArgs{Op: backend.Write, Cookie: 1, Segments: segments}, &Nothing{}))
+	must(t, b.Call("Post", PostArgs{Op: backend.Write, Cookie: 1, Segments: segments}, nil))
 	until(t, "the transfer completes", func() (done bool) {
-		must(t, b.call("Completed", uint64(1), &done))
+		must(t, b.Call("Completed", uint64(1), &done))
 		return done
 	})
 	want := w.content(ours)
-	model(backend.Write, filled(mib, 1), want, segments)
+	model(backend.Write, filled(mib, 1), want, segments...)
 	wantSame(t, "the memory of the third process", w.content(ours), want)
-	must(t, a.call("Deregister", backend.RegionID(5), &Nothing{})) // which has b let go of the handle
-	for _, c := range []*child{b, a} {
-		must(t, c.call("Close", Nothing{}, &Nothing{}))
+	must(t, a.Call("Deregister", backend.RegionID(5), nil)) // which has b let go of the handle
+	for _, c := range []process{b, a} {
+		must(t, c.Call("Close", nil, nil))
 	}
 }
 
@@ -191,15 +188,14 @@ func TestImportFails(t *testing.T) {
 	a, b := w.node(peer("a", 1)), w.child(peer("b", 2))
 	a.register(t, w.region(1, 0, mib, 0))
 	remote := b.register(t, RegionArgs{ID: 5, Device: 1, Size: mib, Rights: all})
-	e := a.connect(t, b.self, b)
+	e := a.connect(t, b.Self, b)
 	for after := range 2 { // the region's own handle, and that of the scratch
 		w.sim.SetFaults(gpusim.Fault{Call: gpusim.Imports, After: after, Code: 400})
-		_, err := e.Session(soon(t), 1, remote, newSink())
+		_, err := e.Session(soon(t), 1, remote, new(sink))
 		wantCode(t, err, backend.Unsupported, "cannot be imported", "IpcOpenMemHandle")
 	}
 	w.sim.SetFaults()
-	s, err := e.Session(soon(t), 1, remote, newSink())
-	must(t, err)
+	s := bind(t, e, 1, remote, new(sink))
 	must(t, s.Close())
 }
 
@@ -208,7 +204,7 @@ func TestHostileNote(t *testing.T) {
 	w := newWorld(t, gpusim.Machine{})
 	a, b := w.node(peer("a", 1), "devices=0000:c1:00.0"), w.child(peer("b", 2))
 	var lent backend.GPURange
-	must(t, b.call("Range", RegionArgs{ID: 5, Size: mib}, &lent))
+	must(t, b.Call("Range", RegionArgs{ID: 5, Size: mib}, &lent))
 	before := w.sim.Counts().Imports
 	for _, c := range []struct {
 		name  string
@@ -244,15 +240,14 @@ func TestTargetKilled(t *testing.T) {
 	a, b := w.node(peer("a", 1), "part_bytes=64KiB"), w.child(peer("b", 2))
 	a.register(t, w.region(1, 0, 4*mib, 0))
 	remote := b.register(t, RegionArgs{ID: 5, Device: 1, Size: 4 * mib, Rights: all})
-	e, k := a.connect(t, b.self, b), newSink()
-	s, err := e.Session(soon(t), 1, remote, k)
-	must(t, err)
+	e, k := a.connect(t, b.Self, b), new(sink)
+	s := bind(t, e, 1, remote, k)
 	before := a.count(t, "copies")
 	must(t, post(s, backend.Write, 1, backend.Segment{Length: 4 * mib}))
 	until(t, "some is copied", func() bool { return a.count(t, "copies") > before })
-	b.kill()
+	b.End()
 	<-e.Done()
-	c := k.wait(t, 1)
+	c := k.Wait(t, 1)
 	wantCode(t, c.Err, backend.PathDown)
 	wantOutcomes(t, c, backend.Failed)
 	must(t, e.Close())
@@ -262,24 +257,23 @@ func TestTargetKilled(t *testing.T) {
 	// Its successor is reached.
 	b2 := w.child(peer("b", 3))
 	remote = b2.register(t, RegionArgs{ID: 5, Device: 1, Size: mib, Rights: all})
-	s, err = a.connect(t, b2.self, b2).Session(soon(t), 1, remote, k)
-	must(t, err)
+	s = bind(t, a.connect(t, b2.Self, b2), 1, remote, k)
 	must(t, post(s, backend.Write, 2, backend.Segment{Length: mib}))
-	must(t, k.wait(t, 2).Err)
+	must(t, k.Wait(t, 2).Err)
 }
 
 // stalledInitiator has another process write our memory, with copies that stall.
-func stalledInitiator(t *testing.T) (w *world, a *child, b *node, far backend.Memory) {
+func stalledInitiator(t *testing.T) (w *world, a process, b *node, far backend.Memory) {
 	w = newWorld(t, gpusim.Machine{})
 	a, b = w.child(peer("a", 1), "part_bytes=64KiB"), w.node(peer("b", 2))
 	far = w.region(5, 1, mib, all)
 	remote := b.register(t, far)
-	a.connectTo(t, b)
+	a.ConnectTo(t, b.self, b)
 	a.register(t, RegionArgs{ID: 1, Device: 0, Size: mib})
-	must(t, a.call("Session", PostArgs{Local: 1, Remote: remote}, &Nothing{}))
+	must(t, a.Call("Session", PostArgs{Local: 1, Remote: remote}, nil))
 	before := a.count(t, "copies")
 	w.sim.SetFaults(gpusim.Fault{Effect: gpusim.Stall})
-	must(t, a.call("Post", PostArgs{Op: backend.Write, Cookie: 1, Segments: []backend.Segment{{Length: mib}}}, &Nothing{}))
+	must(t, a.Call("Post", PostArgs{Op: backend.Write, Cookie: 1, Segments: []backend.Segment{{Length: mib}}}, nil))
 	until(t, "copies stall", func() bool { return a.count(t, "copies") > before })
 	return w, a, b, far
 }
@@ -288,10 +282,10 @@ func stalledInitiator(t *testing.T) (w *world, a *child, b *node, far backend.Me
 func TestInitiatorKilled(t *testing.T) {
 	w, a, b, far := stalledInitiator(t)
 	want := w.content(far)
-	must(t, a.cmd.Process.Kill())
-	must(t, b.Fence(soon(t), a.self))
+	must(t, a.Kill())
+	must(t, b.Fence(soon(t), a.Self))
 	// Nobody has waited for the process yet: it is there, and dead.
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", a.cmd.Process.Pid))
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", a.Pid))
 	must(t, err)
 	if _, state, _ := strings.Cut(string(stat), ") "); !strings.HasPrefix(state, "Z") {
 		t.Errorf("the fence returned while the process was there: %.20s", state)
@@ -304,13 +298,13 @@ func TestInitiatorKilled(t *testing.T) {
 // take the end of the connection for quiet.
 func TestConnectionCut(t *testing.T) {
 	w, a, b, _ := stalledInitiator(t)
-	must(t, a.call("Cut", Nothing{}, &Nothing{}))
+	must(t, a.Call("Cut", nil, nil))
 	ctx, cancel := contextUntil(time.After(50 * time.Millisecond))
 	defer cancel()
-	wantCode(t, b.Fence(ctx, a.self), backend.Cancelled)
+	wantCode(t, b.Fence(ctx, a.Self), backend.Cancelled)
 	wantCode(t, b.Deregister(ctx, 5), backend.Cancelled)
-	must(t, a.cmd.Process.Kill())
-	must(t, b.Fence(soon(t), a.self))
+	must(t, a.Kill())
+	must(t, b.Fence(soon(t), a.Self))
 	must(t, b.Deregister(soon(t), 5))
 	w.sim.SetFaults()
 }
@@ -319,7 +313,7 @@ func TestConnectionCut(t *testing.T) {
 func TestFenceAcrossProcesses(t *testing.T) {
 	w, a, b, far := stalledInitiator(t)
 	fenced := make(chan error, 1)
-	go func() { fenced <- b.Fence(soon(t), a.self) }()
+	go func() { fenced <- b.Fence(soon(t), a.Self) }()
 	select {
 	case err := <-fenced:
 		t.Fatalf("the fence returned while copies were under way: %v", err)
@@ -329,7 +323,7 @@ func TestFenceAcrossProcesses(t *testing.T) {
 	must(t, <-fenced)
 	want := w.content(far)
 	var done bool
-	must(t, a.call("Completed", uint64(1), &done))
+	must(t, a.Call("Completed", uint64(1), &done))
 	if !done {
 		t.Error("the fence returned before the transfer completed")
 	}
@@ -345,12 +339,12 @@ func TestRuntimesDiffer(t *testing.T) {
 	for _, device := range []int{0, -1} {
 		remote := b.register(t, other.region(backend.RegionID(6+device), device, mib, all))
 		e := a.connect(t, b.self, b)
-		_, err := e.Session(soon(t), 1, remote, newSink())
+		_, err := e.Session(soon(t), 1, remote, new(sink))
 		wantCode(t, err, backend.Unsupported, w.sim.Library, other.sim.Library)
 	}
 	c := other.child(peer("c", 3))
-	e := a.connect(t, c.self, c)
-	_, err := e.Session(soon(t), 1, c.register(t, RegionArgs{ID: 5, Size: mib, Rights: all}), newSink())
+	e := a.connect(t, c.Self, c)
+	_, err := e.Session(soon(t), 1, c.register(t, RegionArgs{ID: 5, Size: mib, Rights: all}), new(sink))
 	wantCode(t, err, backend.Unsupported, `runtime "cuda"`)
 }
 
@@ -365,19 +359,18 @@ func TestVisibleDevices(t *testing.T) {
 	if remote.Place != w.sim.Devices[1].PCI {
 		t.Fatalf("the peer's first device is %s", remote.Place)
 	}
-	e, k := a.connect(t, b.self, b), newSink()
-	s, err := e.Session(soon(t), 1, remote, k)
-	must(t, err)
+	e, k := a.connect(t, b.Self, b), new(sink)
+	s := bind(t, e, 1, remote, k)
 	must(t, post(s, backend.Write, 1, backend.Segment{Length: mib}))
-	must(t, k.wait(t, 1).Err)
+	must(t, k.Wait(t, 1).Err)
 	wantSame(t, "far region", b.content(t, 5), filled(mib, 1))
 
 	t.Setenv("HIP_VISIBLE_DEVICES", "0")
 	c := w.child(peer("c", 3))
-	c.connectTo(t, a)
+	c.ConnectTo(t, a.self, a)
 	c.register(t, RegionArgs{ID: 1, Device: 0, Size: mib})
 	ours := a.register(t, w.region(6, 1, mib, all))
-	err = c.call("Session", PostArgs{Local: 1, Remote: ours}, &Nothing{})
+	err := c.Call("Session", PostArgs{Local: 1, Remote: ours}, nil)
 	if err == nil || !strings.Contains(err.Error(), "unsupported") || !strings.Contains(err.Error(), w.sim.Devices[1].PCI) {
 		t.Errorf("got %v, want unsupported and the device", err)
 	}
