@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugins/rdma/device"
 	"github.com/umbp/umbp/plugins/rdma/verbstest"
 )
@@ -32,11 +33,6 @@ func pages(n int, contiguous bool) []backend.Segment {
 	return segments
 }
 
-// signal is a sink that tells of completions.
-type signal chan error
-
-func (s signal) Complete(c backend.Completion) { s <- c.Err }
-
 func BenchmarkTransfer(b *testing.B) {
 	for _, c := range []struct {
 		name     string
@@ -50,7 +46,7 @@ func BenchmarkTransfer(b *testing.B) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			r := newRig(b, timed, benchPages*benchPage, nil)
-			done := make(signal, 1)
+			done := make(backendtest.Signal, 1)
 			s := r.bind(b, done)
 			move := func() {
 				if err := c.post(s, backend.Transfer{Op: backend.Write, Segments: c.segments}); err != nil {
@@ -114,7 +110,7 @@ func TestNoAllocations(t *testing.T) {
 		t.Skip("instrumented code allocates")
 	}
 	r := newRig(t, timed, benchPages*benchPage, nil)
-	done := make(signal, 1)
+	done := make(backendtest.Signal, 1)
 	s := r.bind(t, done)
 	for _, op := range []backend.Op{backend.Write, backend.Read} {
 		for _, segments := range [][]backend.Segment{pages(benchPages, false), pages(benchPages, true), pages(1, true)} {

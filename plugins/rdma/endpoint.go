@@ -179,9 +179,9 @@ func (e *endpoint) accept(t *transfer) error {
 	switch {
 	case e.failure != nil:
 		err = e.failure
-	case s.users.isShut():
+	case s.users.IsShut():
 		err = s.fault(backend.BadRequest, "post", "the session is closed")
-	case s.near.users.isShut():
+	case s.near.users.IsShut():
 		err = s.deregistered() // whoever waits for the region must not wait for one more transfer
 	default:
 		t.active = true
@@ -192,8 +192,8 @@ func (e *endpoint) accept(t *transfer) error {
 	}
 	t.recycle()
 	e.free = append(e.free, t)
-	s.near.users.leave()
-	s.users.leave()
+	s.near.users.Leave()
+	s.users.Leave()
 	return err
 }
 

@@ -36,16 +36,12 @@ func TestPostWaitPolls(t *testing.T) {
 	r := newRig(t, verbstest.Config{Instant: true}, 4096, map[string]string{"look": "10ms"})
 	for i := range uint64(20) {
 		r.parked(t)
-		if err := r.session.PostWait(backend.Transfer{Op: backend.Write, Cookie: i, Segments: []backend.Segment{{Length: 4096}}}); err != nil {
-			t.Fatal(err)
-		}
-		select {
-		case c := <-r.completions:
-			if c.Err != nil || c.Cookie != i {
-				t.Fatalf("got %+v", c)
-			}
-		default:
+		must(t, r.session.PostWait(backend.Transfer{Op: backend.Write, Cookie: i, Segments: []backend.Segment{{Length: 4096}}}))
+		if len(r.completions.All(t)) == 0 {
 			t.Fatal("PostWait returned before the transfer had completed, which took no time")
+		}
+		if c := r.completions.Next(t); c.Err != nil || c.Cookie != i {
+			t.Fatalf("got %+v", c)
 		}
 		r.parked(t)
 	}
@@ -56,12 +52,10 @@ func TestPostWaitGivesUp(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, nil)
 	r.fabric.Pause("sim-a0")
 	r.parked(t)
-	if err := r.session.PostWait(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{{Length: 4096}}}); err != nil {
-		t.Fatal(err)
-	}
-	r.completions.empty(t)
+	must(t, r.session.PostWait(backend.Transfer{Op: backend.Read, Segments: []backend.Segment{{Length: 4096}}}))
+	r.completions.Empty(t)
 	r.fabric.Resume("sim-a0")
-	if c := r.completions.next(t); c.Err != nil {
+	if c := r.completions.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 	r.parked(t)
@@ -72,14 +66,12 @@ func TestPostWaitGivesUp(t *testing.T) {
 func TestDeregisteredBeforeSubmit(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, nil)
 	planned, err := r.session.begin(&backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 1}}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	gone := make(chan error)
 	go func() { gone <- r.a.Deregister(ctx, 1) }()
-	eventually(t, "the shutting of the region", r.session.near.users.isShut)
+	eventually(t, "the shutting of the region", r.session.near.users.IsShut)
 	wantCode(t, r.endpoint.submit(planned), backend.BadRequest)
 	if err := <-gone; err != nil {
 		t.Error(err)
@@ -99,10 +91,8 @@ func TestLostQueue(t *testing.T) {
 			r.parked(t)
 			r.fabric.Pause("sim-a0")
 			fault := r.fabric.Inject(verbstest.Fault{At: at, Device: "sim-a0", Err: syscall.EIO})
-			if err := r.session.Post(backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 4096}}}); err != nil {
-				t.Fatal(err)
-			}
-			c := r.completions.next(t)
+			must(t, r.session.Post(backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 4096}}}))
+			c := r.completions.Next(t)
 			wantCode(t, c.Err, backend.PathDown)
 			if !errors.Is(c.Err, syscall.EIO) || c.Outcomes[0] != backend.InDoubt {
 				t.Errorf("got %+v", c)
@@ -121,17 +111,13 @@ func TestPollerPumps(t *testing.T) {
 	r := newRig(t, twoDevices, 4096, nil)
 	r.parked(t)
 	x, err := r.session.begin(&backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 4096}}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r.endpoint.mu.Lock()
 	err = r.endpoint.accept(x)
 	r.endpoint.pollers[0].take()
 	r.endpoint.mu.Unlock()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c := r.completions.next(t); c.Err != nil {
+	must(t, err)
+	if c := r.completions.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 	r.parked(t)
@@ -140,17 +126,15 @@ func TestPollerPumps(t *testing.T) {
 // TestDrain has a completion come when the endpoint has failed already: it counts.
 func TestDrain(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, map[string]string{"drain": "1m"})
-	pattern(r.near, 1)
+	fill(r.near, 1)
 	r.fabric.Inject(verbstest.Fault{Effect: verbstest.Hold, Device: "sim-a0"})
 	bytesBefore := r.fabric.Counts().Bytes
-	if err := r.session.Post(backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 4096}}}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, r.session.Post(backend.Transfer{Op: backend.Write, Segments: []backend.Segment{{Length: 4096}}}))
 	eventually(t, "that the bytes are in place", func() bool { return r.fabric.Counts().Bytes == bytesBefore+4096 })
 	r.endpoint.fail(backend.Errorf(backend.PathDown, "broken"), false)
-	r.completions.empty(t)
+	r.completions.Empty(t)
 	r.fabric.Release()
-	if c := r.completions.next(t); c.Err != nil {
+	if c := r.completions.Next(t); c.Err != nil {
 		t.Errorf("what the device has done completed as %+v", c)
 	}
 	wantClosed(t, r.endpoint.finished, "the end of the endpoint")
@@ -159,10 +143,8 @@ func TestDrain(t *testing.T) {
 // TestIdleRecordsShrink sees the memory of a large transfer go after the connection was quiet.
 func TestIdleRecordsShrink(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, benchPages*benchPage, map[string]string{"probe": "1h"})
-	if err := r.session.Post(backend.Transfer{Op: backend.Write, Segments: pages(benchPages, false)}); err != nil {
-		t.Fatal(err)
-	}
-	if c := r.completions.next(t); c.Err != nil {
+	must(t, r.session.Post(backend.Transfer{Op: backend.Write, Segments: pages(benchPages, false)}))
+	if c := r.completions.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 	room := func() (n int) {
@@ -292,7 +274,7 @@ func (c *chaos) wreck(stop chan struct{}) {
 // work moves segments within one part of both regions.
 func (c *chaos) work(t *testing.T, worker uint64, rounds int, part uint64) {
 	rng := rand.New(rand.NewPCG(worker, 1))
-	done := newSink()
+	done := new(sink)
 	base := worker * part
 	near, far := c.near[base:][:part], c.far[base:][:part]
 	for round := range rounds {
@@ -301,8 +283,8 @@ func (c *chaos) work(t *testing.T, worker uint64, rounds int, part uint64) {
 		if rng.IntN(2) == 0 {
 			op, source, sink = backend.Read, far, near
 		}
-		pattern(source, rng.Int())
-		pattern(sink, rng.Int())
+		fill(source, rng.Uint64())
+		fill(sink, rng.Uint64())
 		before := bytes.Clone(sink)
 		n := 1 + rng.IntN(60)
 		size := part / uint64(n)
@@ -336,9 +318,9 @@ func (c *chaos) work(t *testing.T, worker uint64, rounds int, part uint64) {
 			late := time.AfterFunc(50*time.Millisecond, func() { s.Cancel(x.Cookie) })
 			defer late.Stop()
 		}
-		got := done.next(t)
+		got := done.Next(t)
 		s.Close()
-		done.empty(t)
+		done.Empty(t)
 		if got.Err != nil {
 			// What is in doubt may still be stored at the target until it is fenced.
 			if err := c.b.Fence(context.Background(), c.a.self); err != nil {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +18,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugins/rdma"
 	"github.com/umbp/umbp/plugins/rdma/device"
 	"github.com/umbp/umbp/plugins/rdma/verbstest"
@@ -26,8 +26,13 @@ import (
 
 // The tests in this file try the backend as a host sees it, on simulated devices on which things go wrong.
 
-// forever bounds what must end, and does so at once unless something is broken.
-const forever = 20 * time.Second
+type journal = backendtest.Sink
+
+var (
+	must     = backendtest.Must
+	wantCode = backendtest.WantCode
+	until    = backendtest.Eventually
+)
 
 // host is a process that uses the backend.
 type host struct {
@@ -44,124 +49,29 @@ func openHost(t testing.TB, f *verbstest.Fabric, self backend.Peer, options map[
 	for name, value := range options {
 		all[name] = value
 	}
-	values, err := backend.CheckOptions(factory.Options, all)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := factory.Open(context.Background(), backend.Config{Self: self, Options: values})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := b.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return &host{b, self}
+	return &host{backendtest.Open(t, factory, backend.Config{Self: self}, all), self}
 }
 
 // lend registers memory and returns it as peers see it.
 func (h *host) lend(t testing.TB, id backend.RegionID, memory []byte, rights backend.Rights) backend.Remote {
 	t.Helper()
-	key, err := h.Register(context.Background(), backend.Memory{
-		Region: id, Kind: backend.HostMemory, Rights: rights, Bytes: memory, FD: -1,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return backend.Remote{
-		Peer: h.self, Region: id, Kind: backend.HostMemory, Rights: rights, Size: uint64(len(memory)), Key: key,
-	}
+	return backendtest.Register(t, h, h.self, backend.Memory{Region: id, Kind: backend.HostMemory, Rights: rights, Bytes: memory, FD: -1})
 }
 
 // reach connects h to a peer.
 func (h *host) reach(peer *host) (backend.Endpoint, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), forever)
-	defer cancel()
-	shake, err := h.Offer(ctx, peer.self)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := peer.Answer(ctx, h.self, shake.Offer())
-	if err != nil {
-		shake.Abandon()
-		return nil, err
-	}
-	return shake.Establish(ctx, answer)
+	return backendtest.TryConnect(h, h.self, peer.self, peer)
 }
 
 // count returns one of the backend's counters.
 func (h *host) count(t testing.TB, name string) uint64 {
 	t.Helper()
-	for _, c := range h.Backend.(backend.Counter).Counters() {
-		if c.Name == name {
-			return c.Value
-		}
-	}
-	t.Fatalf("there is no counter %q", name)
-	return 0
-}
-
-// journal has the completions of a session.
-type journal chan backend.Completion
-
-func (j journal) Complete(c backend.Completion) {
-	c.Outcomes = slices.Clone(c.Outcomes)
-	j <- c
-}
-
-func (j journal) next(t testing.TB) backend.Completion {
-	t.Helper()
-	select {
-	case c := <-j:
-		return c
-	case <-time.After(forever):
-		t.Fatalf("no completion\n%s", goroutines())
-		panic("unreachable")
-	}
-}
-
-func (j journal) empty(t testing.TB) {
-	t.Helper()
-	select {
-	case c := <-j:
-		t.Fatalf("unexpected completion: %+v", c)
-	default:
-	}
-}
-
-func goroutines() string {
-	b := make([]byte, 1<<20)
-	return string(b[:runtime.Stack(b, true)])
-}
-
-// until waits for what another goroutine brings about.
-func until(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(forever); !condition(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s did not happen\n%s", what, goroutines())
-		}
-	}
+	return backendtest.Count(t, h.Backend.(backend.Counter), name)
 }
 
 func wantEnd(t testing.TB, e backend.Endpoint) {
 	t.Helper()
-	until(t, "the end of the endpoint", func() bool {
-		select {
-		case <-e.Done():
-			return true
-		default:
-			return false
-		}
-	})
-}
-
-func wantError(t testing.TB, err error, code backend.Code) {
-	t.Helper()
-	if err == nil || backend.CodeOf(err) != code {
-		t.Fatalf("got error %v, want code %q", err, code)
-	}
+	backendtest.WantClosed(t, e.Done(), "the end of the endpoint")
 }
 
 // link is two hosts with a region each, and a session from one to the other.
@@ -173,7 +83,7 @@ type link struct {
 	remote    backend.Remote
 	endpoint  backend.Endpoint
 	session   backend.Session
-	done      journal
+	done      *journal
 	cookie    uint64
 }
 
@@ -210,7 +120,7 @@ func newLink(t testing.TB, cfg verbstest.Config, segments int, options map[strin
 		t: t, fabric: f,
 		a: openHost(t, f, peerA, options, names[0]...), b: openHost(t, f, peerB, options, names[1]...),
 		near: make([]byte, 2*piece*segments), far: make([]byte, 2*piece*segments),
-		done: make(journal, 1024),
+		done: new(journal),
 	}
 	l.a.lend(t, 1, l.near, 0)
 	l.remote = l.b.lend(t, 2, l.far, backend.RemoteRead|backend.RemoteWrite)
@@ -220,13 +130,8 @@ func newLink(t testing.TB, cfg verbstest.Config, segments int, options map[strin
 
 func (l *link) connect() {
 	l.t.Helper()
-	var err error
-	if l.endpoint, err = l.a.reach(l.b); err != nil {
-		l.t.Fatal(err)
-	}
-	if l.session, err = l.endpoint.Session(context.Background(), 1, l.remote, l.done); err != nil {
-		l.t.Fatal(err)
-	}
+	l.endpoint = backendtest.Connect(l.t, l.a, l.a.self, l.b.self, l.b)
+	l.session = backendtest.Bind(l.t, l.endpoint, 1, l.remote, l.done)
 }
 
 // ends returns the memory that an operation reads and the memory that it writes.
@@ -271,9 +176,7 @@ func (l *link) shut() {
 
 func (l *link) post(x backend.Transfer) {
 	l.t.Helper()
-	if err := l.session.Post(x); err != nil {
-		l.t.Fatal(err)
-	}
+	must(l.t, l.session.Post(x))
 }
 
 // judge holds a completion against the bytes: what is done is there, and of what was not sent nothing is.
@@ -356,7 +259,7 @@ func TestSecondPartFindsNoCredit(t *testing.T) {
 		"the session is closed": {func(l *link) {
 			closed := make(chan error)
 			go func() { closed <- l.session.Close() }()
-			l.done.wait(l.t)
+			awaitFirst(l.t, l.done)
 			if err := <-closed; err != nil {
 				l.t.Error(err)
 			}
@@ -388,9 +291,9 @@ func TestSecondPartFindsNoCredit(t *testing.T) {
 			posted(16)
 			l.fabric.Step("sim-a", 5) // two parts
 			posted(24)
-			l.done.empty(t)
+			l.done.Empty(t)
 			c.then(l)
-			got := tally(l.judge(x, l.done.next(t)))
+			got := tally(l.judge(x, l.done.Next(t)))
 			if fmt.Sprint(got) != fmt.Sprint(c.want) {
 				t.Errorf("outcomes %v, want %v", got, c.want)
 			}
@@ -402,21 +305,21 @@ func TestSecondPartFindsNoCredit(t *testing.T) {
 				l.prepare(backend.Write)
 				x = l.group(backend.Write, 0, segments)
 				l.post(x)
-				if c := l.done.next(t); c.Err != nil {
+				if c := l.done.Next(t); c.Err != nil {
 					t.Error(c.Err)
 				} else {
 					l.judge(x, c)
 				}
 			}
-			l.done.empty(t)
+			l.done.Empty(t)
 		})
 	}
 }
 
-// wait waits until there is a completion, and leaves it there.
-func (j journal) wait(t testing.TB) {
+// awaitFirst waits until there is a completion, and leaves it there.
+func awaitFirst(t testing.TB, j *journal) {
 	t.Helper()
-	until(t, "a completion", func() bool { return len(j) > 0 })
+	until(t, "a completion", func() bool { return len(j.All(t)) > 0 })
 }
 
 // TestGroupsLargerThanTheQueue posts many groups of all sizes at once, in both directions.
@@ -432,14 +335,14 @@ func TestGroupsLargerThanTheQueue(t *testing.T) {
 			l.post(x)
 		}
 		for range len(groups) {
-			c := l.done.next(t)
+			c := l.done.Next(t)
 			if c.Err != nil {
 				t.Fatal(c.Err)
 			}
 			l.judge(groups[c.Cookie], c)
 		}
 	}
-	l.done.empty(t)
+	l.done.Empty(t)
 }
 
 // TestSmallGroupsSpread posts groups of one work request: they go over all queue pairs.
@@ -450,7 +353,7 @@ func TestSmallGroupsSpread(t *testing.T) {
 	for i := range 32 {
 		x := l.group(backend.Write, i, 1)
 		l.post(x)
-		l.judge(x, l.done.next(t))
+		l.judge(x, l.done.Next(t))
 	}
 	perQP := map[uint32]int{}
 	for _, p := range l.fabric.Posts() {
@@ -481,8 +384,8 @@ func TestErrorInTheMiddleOfAGroup(t *testing.T) {
 					trigger := l.fabric.Inject(verbstest.Fault{Device: "sim-a", Skip: at, Status: status, Landed: landed})
 					x := l.group(op, 0, segments)
 					l.post(x)
-					c := l.done.next(t)
-					wantError(t, c.Err, backend.PathDown)
+					c := l.done.Next(t)
+					wantCode(t, c.Err, backend.PathDown)
 					outcomes := l.judge(x, c)
 					if n := trigger.Hits(); n != 1 {
 						t.Errorf("the fault struck %d times", n)
@@ -519,8 +422,8 @@ func TestPartialPost(t *testing.T) {
 			x := l.group(op, 0, segments)
 			l.post(x)
 			wantEnd(t, l.endpoint)
-			c := l.done.next(t)
-			wantError(t, c.Err, backend.PathDown)
+			c := l.done.Next(t)
+			wantCode(t, c.Err, backend.PathDown)
 			if !errors.Is(c.Err, syscall.ENOMEM) {
 				t.Errorf("the error does not say why: %v", c.Err)
 			}
@@ -535,7 +438,7 @@ func TestPartialPost(t *testing.T) {
 					t.Errorf("%v, %d taken: segment %d is %v, want %v", op, take, i, o, want)
 				}
 			}
-			wantError(t, l.session.Post(l.group(op, 0, 1)), backend.PathDown)
+			wantCode(t, l.session.Post(l.group(op, 0, 1)), backend.PathDown)
 		}
 	}
 }
@@ -557,8 +460,8 @@ func TestDeviceFatal(t *testing.T) {
 		}
 		all := map[uint64]backend.Completion{}
 		for range 2 {
-			c := l.done.next(t)
-			wantError(t, c.Err, backend.PathDown)
+			c := l.done.Next(t)
+			wantCode(t, c.Err, backend.PathDown)
 			all[c.Cookie] = c
 		}
 		for i, o := range append(l.judge(x, all[x.Cookie]), l.judge(y, all[y.Cookie])...) {
@@ -585,15 +488,13 @@ func TestQuietAfterDeadline(t *testing.T) {
 		l.post(x)
 		until(t, "posts", func() bool { return l.outstanding() == 12 })
 		l.session.Cancel(x.Cookie)
-		c := l.done.next(t)
-		wantError(t, c.Err, backend.Cancelled)
+		c := l.done.Next(t)
+		wantCode(t, c.Err, backend.Cancelled)
 		l.judge(x, c)
 		clear(l.near) // the race detector sees it if anybody still uses it
 		l.fabric.Resume("sim-a")
 		if op == backend.Write {
-			if err := l.b.Fence(context.Background(), l.a.self); err != nil {
-				t.Fatal(err)
-			}
+			must(t, l.b.Fence(context.Background(), l.a.self))
 		}
 		time.Sleep(5 * time.Millisecond)
 		if !bytes.Equal(l.near, make([]byte, len(l.near))) {
@@ -612,10 +513,10 @@ func TestLateCompletion(t *testing.T) {
 		x := l.group(backend.Write, 0, 12)
 		l.post(x)
 		until(t, "the carrying out", func() bool { return l.fabric.Counts().WRs >= 12 && l.outstanding() == 0 })
-		l.done.empty(t)
+		l.done.Empty(t)
 		l.session.Cancel(x.Cookie)
-		c := l.done.next(t)
-		wantError(t, c.Err, backend.Cancelled)
+		c := l.done.Next(t)
+		wantCode(t, c.Err, backend.Cancelled)
 		for i, o := range l.judge(x, c) {
 			if o != backend.InDoubt {
 				t.Errorf("segment %d is %v", i, o)
@@ -627,12 +528,12 @@ func TestLateCompletion(t *testing.T) {
 		l.prepare(backend.Write)
 		x = l.group(backend.Write, 0, 12)
 		l.post(x)
-		if c := l.done.next(t); c.Err != nil {
+		if c := l.done.Next(t); c.Err != nil {
 			t.Error(c.Err)
 		} else {
 			l.judge(x, c)
 		}
-		l.done.empty(t)
+		l.done.Empty(t)
 	}
 }
 
@@ -649,7 +550,7 @@ func TestWrongCompletions(t *testing.T) {
 		}
 		x := l.group(backend.Write, 0, 30)
 		l.post(x)
-		if c := l.done.next(t); c.Err != nil {
+		if c := l.done.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		} else {
 			l.judge(x, c)
@@ -660,7 +561,7 @@ func TestWrongCompletions(t *testing.T) {
 			t.Error("a wrong completion broke the endpoint")
 		default:
 		}
-		l.done.empty(t)
+		l.done.Empty(t)
 	}
 
 	l := newLink(t, verbstest.Config{}, 4, narrow())
@@ -670,8 +571,8 @@ func TestWrongCompletions(t *testing.T) {
 	l.post(x)
 	until(t, "the carrying out", func() bool { return l.outstanding() == 0 })
 	l.session.Cancel(x.Cookie)
-	c := l.done.next(t)
-	wantError(t, c.Err, backend.Cancelled)
+	c := l.done.Next(t)
+	wantCode(t, c.Err, backend.Cancelled)
 	l.judge(x, c)
 }
 
@@ -687,9 +588,9 @@ func TestSessionsEndApart(t *testing.T) {
 	l.session.Cancel(x.Cookie)
 	l.fabric.Resume("sim-a")
 	for range 2 {
-		switch c := l.done.next(t); c.Cookie {
+		switch c := l.done.Next(t); c.Cookie {
 		case x.Cookie:
-			wantError(t, c.Err, backend.Cancelled)
+			wantCode(t, c.Err, backend.Cancelled)
 			if got := tally(l.judge(x, c)); got[backend.Done] != 16 || got[backend.NotSent] != 4 {
 				t.Errorf("outcomes of what was cancelled: %v", got)
 			}
@@ -711,32 +612,26 @@ func TestBlackHoleDelaysNobodyElse(t *testing.T) {
 	memory := make([]byte, len(l.far))
 	remote := c.lend(t, 3, memory, backend.RemoteWrite)
 	e, err := l.a.reach(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(journal, 64)
+	must(t, err)
+	done := new(journal)
 	s, err := e.Session(context.Background(), 1, remote, done)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	l.prepare(backend.Write)
 	l.fabric.Unplug("sim-b")
 	x := l.group(backend.Write, 0, 40)
 	l.post(x)
 	for range 20 {
-		if err := s.Post(l.group(backend.Write, 0, 40)); err != nil {
-			t.Fatal(err)
-		}
-		if c := done.next(t); c.Err != nil {
+		must(t, s.Post(l.group(backend.Write, 0, 40)))
+		if c := done.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		}
 	}
-	l.done.empty(t)
+	l.done.Empty(t)
 	if err := l.endpoint.Close(); err != nil {
 		t.Error(err)
 	}
-	outcome := l.done.next(t)
-	wantError(t, outcome.Err, backend.PathDown)
+	outcome := l.done.Next(t)
+	wantCode(t, outcome.Err, backend.PathDown)
 	if got := tally(l.judge(x, outcome)); got[backend.InDoubt] != 16 || got[backend.NotSent] != 24 {
 		t.Errorf("outcomes %v", got)
 	}
@@ -751,9 +646,7 @@ func TestPeerRestarts(t *testing.T) {
 	l := newLink(t, verbstest.Config{}, 12, narrow())
 	l.prepare(backend.Write)
 	old := l.remote
-	if err := l.b.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, l.b.Close())
 	again := peerB
 	again.Incarnation++
 	l.b = openHost(t, l.fabric, again, narrow(), "sim-b")
@@ -766,17 +659,17 @@ func TestPeerRestarts(t *testing.T) {
 	}
 	x := l.group(backend.Write, 0, 12)
 	if err := l.session.Post(x); err == nil {
-		c := l.done.next(t)
-		wantError(t, c.Err, backend.PathDown)
+		c := l.done.Next(t)
+		wantCode(t, c.Err, backend.PathDown)
 		l.judge(x, c)
 	} else {
-		wantError(t, err, backend.PathDown)
+		wantCode(t, err, backend.PathDown)
 	}
 	wantEnd(t, l.endpoint)
 
 	l.connect()
 	_, err = l.endpoint.Session(context.Background(), 1, old, l.done)
-	wantError(t, err, backend.PeerGone)
+	wantCode(t, err, backend.PeerGone)
 	forged := old
 	forged.Peer = again
 	_, err = l.endpoint.Session(context.Background(), 1, forged, l.done)
@@ -786,7 +679,7 @@ func TestPeerRestarts(t *testing.T) {
 	l.prepare(backend.Write)
 	x = l.group(backend.Write, 0, 12)
 	l.post(x)
-	if c := l.done.next(t); c.Err != nil {
+	if c := l.done.Next(t); c.Err != nil {
 		t.Error(c.Err)
 	} else {
 		l.judge(x, c)
@@ -800,7 +693,7 @@ func TestCrossingConnects(t *testing.T) {
 	memory := make([]byte, piece)
 	remote := l.a.lend(t, 4, memory, backend.RemoteWrite)
 	cross := func(from, to *host, near backend.RegionID, far backend.Remote) {
-		done := make(journal, 1)
+		done := make(backendtest.Signal, 1)
 		for i := range 10 {
 			e, err := from.reach(to)
 			if err != nil {
@@ -817,8 +710,8 @@ func TestCrossingConnects(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			if c := <-done; c.Err != nil {
-				t.Error(c.Err)
+			if err := <-done; err != nil {
+				t.Error(err)
 			}
 			if err := e.Close(); err != nil {
 				t.Error(err)
@@ -839,7 +732,7 @@ func TestIdle(t *testing.T) {
 	until(t, "probes", func() bool { return l.a.count(t, "probes") >= 3 && l.b.count(t, "probes") >= 3 })
 	x := l.group(backend.Write, 0, 12)
 	l.post(x)
-	if c := l.done.next(t); c.Err != nil {
+	if c := l.done.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 	l.fabric.Unplug("sim-a")
@@ -849,7 +742,7 @@ func TestIdle(t *testing.T) {
 	l.connect()
 	x = l.group(backend.Write, 0, 12)
 	l.post(x)
-	if c := l.done.next(t); c.Err != nil {
+	if c := l.done.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 }
@@ -860,9 +753,7 @@ func TestClosedInitiator(t *testing.T) {
 	if len(l.fabric.QPs("sim-b")) == 0 {
 		t.Fatal("the target has no queue pair")
 	}
-	if err := l.endpoint.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, l.endpoint.Close())
 	until(t, "the end of what the target served", func() bool { return len(l.fabric.QPs("sim-b")) == 0 })
 }
 
@@ -873,11 +764,9 @@ func TestFence(t *testing.T) {
 		l.prepare(backend.Write)
 		x := l.group(backend.Write, 0, 64)
 		l.post(x)
-		if err := l.b.Fence(context.Background(), l.a.self); err != nil {
-			t.Fatal(err)
-		}
+		must(t, l.b.Fence(context.Background(), l.a.self))
 		frozen := bytes.Clone(l.far) // the race detector sees it if anything still lands
-		c := l.done.next(t)
+		c := l.done.Next(t)
 		outcomes := c.Outcomes
 		for i, o := range outcomes {
 			if o == backend.Done && !bytes.Equal(frozen[2*piece*i:][:piece], l.near[2*piece*i:][:piece]) {
@@ -908,7 +797,7 @@ func TestEvents(t *testing.T) {
 			l := newLink(t, verbstest.Config{}, 12, narrow())
 			strike(l)
 			wantEnd(t, l.endpoint)
-			l.done = make(journal, 8)
+			l.done = new(journal)
 			l.again()
 			l.works(backend.Write, 12)
 		})
@@ -933,7 +822,7 @@ func TestWrongProof(t *testing.T) {
 				c.fault.Match = func(_ string, _ uint32, wr device.WR) bool { return wr.Op == device.Read }
 				trigger := l.fabric.Inject(c.fault)
 				_, err := l.a.reach(l.b)
-				wantError(t, err, c.want)
+				wantCode(t, err, c.want)
 				if trigger.Hits() != 1 {
 					t.Errorf("the fault struck %d times", trigger.Hits())
 				}
@@ -952,12 +841,8 @@ func TestRefusedSetUp(t *testing.T) {
 		for _, at := range []string{"sim-a", "sim-b"} {
 			for skip := 0; ; skip++ {
 				l := newLink(t, verbstest.Config{}, 4, nil)
-				if err := l.endpoint.Close(); err != nil {
-					t.Fatal(err)
-				}
-				if err := l.b.Fence(context.Background(), l.a.self); err != nil {
-					t.Fatal(err)
-				}
+				must(t, l.endpoint.Close())
+				must(t, l.b.Fence(context.Background(), l.a.self))
 				before := l.fabric.Objects()
 				errno := syscall.ENOMEM
 				if point == verbstest.AtReadyToReceive {
@@ -977,9 +862,7 @@ func TestRefusedSetUp(t *testing.T) {
 				} else if !errors.Is(err, errno) && at == "sim-a" {
 					t.Errorf("%s on %s, use %d: the error does not say why: %v", name, at, skip, err)
 				}
-				if err := l.b.Fence(context.Background(), l.a.self); err != nil {
-					t.Fatal(err)
-				}
+				must(t, l.b.Fence(context.Background(), l.a.self))
 				until(t, name+" on "+at+": giving back", func() bool { return l.fabric.Objects() == before })
 				until(t, "another attempt", func() bool {
 					e, err = l.a.reach(l.b)
@@ -1012,9 +895,7 @@ func TestRefusedRegister(t *testing.T) {
 // requests. Nothing completes by them that is still in flight.
 func TestLateDuplicates(t *testing.T) {
 	l := newLink(t, verbstest.Config{}, 12, map[string]string{"signal_every": "4"})
-	if err := l.endpoint.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, l.endpoint.Close())
 	l.fabric.Inject(verbstest.Fault{Device: "sim-a", Effect: verbstest.Echo, Times: -1})
 	l.connect()
 	for range 3 {
@@ -1030,10 +911,10 @@ func TestLateDuplicates(t *testing.T) {
 		l.fabric.Release()
 		until(t, "the count of strays", func() bool { return l.a.count(t, "stray_completions") > before })
 		time.Sleep(time.Millisecond)
-		l.done.empty(t)
+		l.done.Empty(t)
 		l.fabric.Resume("sim-a")
 		for range all {
-			c := l.done.next(t)
+			c := l.done.Next(t)
 			if c.Err != nil {
 				t.Fatal(c.Err)
 			}
@@ -1048,7 +929,7 @@ func (l *link) works(op backend.Op, segments int) {
 	l.prepare(op)
 	x := l.group(op, 0, segments)
 	l.post(x)
-	c := l.done.next(l.t)
+	c := l.done.Next(l.t)
 	if c.Err != nil {
 		l.t.Fatal(c.Err)
 	}
@@ -1129,9 +1010,7 @@ func TestTwoRails(t *testing.T) {
 		}
 		l.fabric.Repair(lost)
 		until(t, "the use of both devices", func() bool {
-			if err := l.endpoint.Close(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, l.endpoint.Close())
 			l.again()
 			return len(used()) == 2
 		})
@@ -1162,9 +1041,7 @@ func TestReadsAtOnce(t *testing.T) {
 // TestOnePathUnproven has one of two paths fail its proof: the other one is the endpoint.
 func TestOnePathUnproven(t *testing.T) {
 	l := newLink(t, verbstest.Config{Devices: twice}, 12, nil)
-	if err := l.endpoint.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, l.endpoint.Close())
 	l.fabric.Inject(verbstest.Fault{Device: "sim-a1", Effect: verbstest.Corrupt})
 	l.fabric.Record()
 	l.connect()
@@ -1190,13 +1067,11 @@ func TestRegionGone(t *testing.T) {
 		until(t, "posts", func() bool { return l.outstanding() == 12 })
 		l.fabric.Step("sim-a", 4)
 		until(t, "the first part", func() bool { return l.outstanding() == 8 })
-		if err := l.b.Deregister(context.Background(), 2); err != nil {
-			t.Fatal(err)
-		}
+		must(t, l.b.Deregister(context.Background(), 2))
 		frozen := bytes.Clone(l.far)
 		l.fabric.Resume("sim-a")
-		c := l.done.next(t)
-		wantError(t, c.Err, backend.PathDown)
+		c := l.done.Next(t)
+		wantCode(t, c.Err, backend.PathDown)
 		for i, o := range l.judge(x, c) {
 			want := backend.NotSent
 			switch {
@@ -1236,7 +1111,7 @@ func TestFenceThatFails(t *testing.T) {
 	}
 	frozen := bytes.Clone(l.far)
 	l.fabric.Resume("sim-a")
-	l.judge(x, l.done.next(t))
+	l.judge(x, l.done.Next(t))
 	if !bytes.Equal(l.far, frozen) {
 		t.Error("bytes landed after the fence")
 	}
@@ -1254,8 +1129,8 @@ func TestQueuePairThatStays(t *testing.T) {
 	l.fabric.Inject(verbstest.Fault{At: verbstest.AtFail, Device: "sim-a", Err: syscall.EIO, Times: -1})
 	l.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-a", Err: syscall.EIO, Times: 3})
 	l.session.Cancel(x.Cookie)
-	c := l.done.next(t)
-	wantError(t, c.Err, backend.Cancelled)
+	c := l.done.Next(t)
+	wantCode(t, c.Err, backend.Cancelled)
 	clear(l.near)
 	l.fabric.Resume("sim-a")
 	time.Sleep(time.Millisecond)
@@ -1275,7 +1150,7 @@ func TestQueueIsLostAndQueuePairStays(t *testing.T) {
 	until(t, "posts", func() bool { return l.outstanding() == 12 })
 	l.fabric.Inject(verbstest.Fault{At: verbstest.AtCloseQP, Device: "sim-a", Err: syscall.EIO, Times: 10})
 	l.fabric.LoseCQs("sim-a")
-	l.judge(x, l.done.next(t))
+	l.judge(x, l.done.Next(t))
 	if left := l.fabric.QPs("sim-a"); len(left) != 0 {
 		t.Errorf("the memory was handed back, and there are %+v", left)
 	}
@@ -1305,15 +1180,13 @@ func TestLocalRegionGone(t *testing.T) {
 		until(t, "posts", func() bool { return l.outstanding() == 16 })
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Millisecond)
 		defer cancel()
-		if err := l.a.Deregister(ctx, 1); err != nil {
-			t.Fatal(err)
-		}
+		must(t, l.a.Deregister(ctx, 1))
 		frozen := bytes.Clone(l.near)
 		clear(l.near)
 		l.fabric.Resume("sim-a")
 		copy(l.near, frozen)
-		c := l.done.next(t)
-		wantError(t, c.Err, backend.PathDown)
+		c := l.done.Next(t)
+		wantCode(t, c.Err, backend.PathDown)
 		l.judge(x, c)
 		wantEnd(t, l.endpoint)
 	}
@@ -1335,15 +1208,13 @@ func TestCloseInFlight(t *testing.T) {
 			if !initiator {
 				end = l.b
 			}
-			if err := end.Close(); err != nil {
-				t.Fatal(err)
-			}
-			if initiator && len(l.done) != 1 {
+			must(t, end.Close())
+			if initiator && len(l.done.All(t)) != 1 {
 				t.Error("Close returned before what was in flight had completed")
 			}
 			l.fabric.Resume("sim-a")
-			c := l.done.next(t)
-			wantError(t, c.Err, backend.PathDown)
+			c := l.done.Next(t)
+			wantCode(t, c.Err, backend.PathDown)
 			if got := tally(l.judge(x, c)); got[backend.Done] < 4 || got[backend.NotSent] < 16 {
 				t.Errorf("%v, initiator %v: outcomes %v", op, initiator, got)
 			}
@@ -1412,7 +1283,7 @@ func TestTightLimits(t *testing.T) {
 				remote += n + gap
 			}
 			l.post(x)
-			if c := l.done.next(t); c.Err != nil {
+			if c := l.done.Next(t); c.Err != nil {
 				rt.Fatal(c.Err)
 			}
 			if !bytes.Equal(destination, want) {
@@ -1501,7 +1372,7 @@ func TestRandomFaults(t *testing.T) {
 			for w := range workers {
 				posters.Go(func() {
 					r := rand.New(rand.NewPCG(seed, uint64(w+2)))
-					done := make(journal, 1)
+					done := new(journal)
 					mine := &link{t: t, near: l.near, far: l.far}
 					for round := 0; round < rounds; {
 						s, err := current().Session(context.Background(), 1, l.remote, done)
@@ -1526,7 +1397,7 @@ func TestRandomFaults(t *testing.T) {
 							if r.IntN(8) == 0 {
 								s.Cancel(x.Cookie)
 							}
-							c := done.next(t)
+							c := done.Next(t)
 							if c.Err == nil {
 								good[w]++
 							}

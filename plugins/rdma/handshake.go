@@ -359,13 +359,13 @@ func (t *transport) newPath(r *rail) (*path, end, error) {
 	if err != nil {
 		return nil, end{}, err
 	}
-	if !r.users.enter() {
+	if !r.users.Enter() {
 		return nil, end{}, lostRail(r)
 	}
 	p := &path{rail: r, psn: randomPSN(), at: at}
 	depth := min(s.sendQueue, r.attr.MaxWR)
 	if p.cq, err = r.dev.CreateCQ(min(s.queuePairs*depth, r.attr.MaxCQE)); err != nil {
-		r.users.leave()
+		r.users.Leave()
 		return nil, end{}, refusal(r, err)
 	}
 	// The target may write to these queue pairs for its probes, which have no bytes. What else it could do it can do
@@ -393,7 +393,7 @@ func (p *path) close() error {
 		err = errors.Join(err, qp.Close())
 	}
 	err = errors.Join(err, p.cq.Close())
-	p.rail.users.leave()
+	p.rail.users.Leave()
 	return err
 }
 

@@ -104,7 +104,6 @@ func newPaper(paths, qps, size, every int, stripe uint64) *paper {
 	t.log = slog.New(slog.DiscardHandler)
 	p := &paper{done: map[uint64]backend.Completion{}}
 	near := &region{id: 1, size: 1 << 40, base: 1 << 50, part: 1 << 40}
-	near.users.drained = make(chan struct{})
 	k := &remoteKey{incarnation: 1, region: 2, size: 1 << 40, rights: backend.RemoteRead | backend.RemoteWrite, base: 1 << 51, part: 1 << 40}
 	var ways []*path
 	near.rails = make([]atomic.Pointer[registration], paths)
@@ -122,7 +121,7 @@ func newPaper(paths, qps, size, every int, stripe uint64) *paper {
 		}
 		p.qps, p.cqs, ways = append(p.qps, all), append(p.cqs, cq), append(ways, way)
 	}
-	t.regions.add(near)
+	t.regions.Add(near.id, near)
 	peer := backend.Peer{Node: "b", Incarnation: 1}
 	p.endpoint = t.assemble(peer, ways)
 	s, err := p.endpoint.Session(context.Background(), 1, backend.Remote{
@@ -318,9 +317,7 @@ func TestCreditsAreExact(t *testing.T) {
 // it waits, and goes on.
 func TestSecondPartWithoutCredit(t *testing.T) {
 	p := newPaper(1, 1, 8, 8, 0)
-	if err := p.session.Post(apart(backend.Write, 1, 20)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.session.Post(apart(backend.Write, 1, 20)))
 	for _, want := range []struct{ answer, posted int }{{0, 8}, {3, 8}, {4, 12}, {8, 16}, {16, 20}, {19, 20}} {
 		p.answer(0, 0, want.answer)
 		if got := len(p.qps[0][0].posted); got != want.posted {
@@ -340,9 +337,7 @@ func TestSecondPartWithoutCredit(t *testing.T) {
 func TestCancelledMakesRoom(t *testing.T) {
 	p := newPaper(1, 1, 8, 4, 0)
 	for cookie, n := range []int{7, 4, 1} {
-		if err := p.session.Post(apart(backend.Write, uint64(cookie), n)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.Post(apart(backend.Write, uint64(cookie), n)))
 	}
 	if n := p.outstanding(); n != 7 {
 		t.Fatalf("%d work requests are posted, not 7", n)
@@ -368,9 +363,7 @@ func TestCancelledMakesRoom(t *testing.T) {
 func TestDoorbells(t *testing.T) {
 	p := newPaper(1, 1, 16, 8, 0)
 	for cookie := range uint64(16 + 10) {
-		if err := p.session.Post(apart(backend.Write, cookie, 1)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.Post(apart(backend.Write, cookie, 1)))
 	}
 	q := p.qps[0][0]
 	before := q.doorbells
@@ -387,9 +380,7 @@ func TestCompletionsWithinPost(t *testing.T) {
 	p := newPaper(1, 1, 8, 4, 0)
 	q := p.qps[0][0]
 	q.then = func() { p.answer(0, 0, len(q.posted)) }
-	if err := p.session.Post(apart(backend.Read, 1, 1000)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.session.Post(apart(backend.Read, 1, 1000)))
 	if len(q.posted) == 1000 {
 		t.Fatal("Post did not return before all was posted")
 	}
@@ -438,9 +429,7 @@ func TestBytesAhead(t *testing.T) {
 	large := p.endpoint.pollers[0].ahead / 3
 	for i := range uint64(5) {
 		at := i * 2 * large
-		if err := p.session.Post(backend.Transfer{Op: backend.Read, Cookie: i, Segments: []backend.Segment{{Local: at, Remote: at, Length: large}}}); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.Post(backend.Transfer{Op: backend.Read, Cookie: i, Segments: []backend.Segment{{Local: at, Remote: at, Length: large}}}))
 	}
 	if n := p.outstanding(); n != 3 {
 		t.Fatalf("the device has %d transfers of %d bytes, not 3", n, large)
@@ -467,9 +456,7 @@ func TestBytesAhead(t *testing.T) {
 func TestSingleWorkRequestsSpread(t *testing.T) {
 	p := newPaper(2, 3, 16, 16, 1<<20)
 	for i := range 12 {
-		if err := p.session.Post(apart(backend.Write, uint64(i), 1)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.Post(apart(backend.Write, uint64(i), 1)))
 	}
 	for _, all := range p.qps {
 		for _, q := range all {
@@ -484,9 +471,7 @@ func TestSingleWorkRequestsSpread(t *testing.T) {
 func TestOneValueUsesAllPaths(t *testing.T) {
 	p := newPaper(2, 1, 16, 4, 1<<20)
 	whole := []backend.Segment{{Length: 8 << 20}}
-	if err := p.session.Post(backend.Transfer{Op: backend.Write, Segments: whole}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.session.Post(backend.Transfer{Op: backend.Write, Segments: whole}))
 	for i, all := range p.qps {
 		if n := len(all[0].posted); n != 4 {
 			t.Errorf("path %d got %d of 8 stripes", i, n)
@@ -536,9 +521,7 @@ func TestErrorInTheMiddle(t *testing.T) {
 		t.Run(fmt.Sprint(c.op, " ", c.status), func(t *testing.T) {
 			p := newPaper(1, 1, 10, 5, 0)
 			for _, x := range []backend.Transfer{apart(backend.Write, 1, 4), apart(c.op, 2, 6), apart(c.op, 3, 3)} {
-				if err := p.session.Post(x); err != nil {
-					t.Fatal(err)
-				}
+				must(t, p.session.Post(x))
 			}
 			if got := len(p.qps[0][0].posted); got != 10 {
 				t.Fatalf("%d work requests are posted, not 10", got)

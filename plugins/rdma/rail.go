@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/inuse"
 	"github.com/umbp/umbp/plugins/rdma/device"
 )
 
@@ -34,7 +35,7 @@ type rail struct {
 	// is shut and drained, it can be closed.
 	ctx   context.Context
 	lose  context.CancelCauseFunc
-	users gate
+	users inuse.Gate
 
 	// spent is set when the device has failed, and with that ended its work, or when the backend closes. What it does not
 	// destroy then is left to it; of any other device it is tried until it succeeds.
@@ -68,7 +69,6 @@ func openRail(lib device.Library, spec railSpec, index int, generation uint32, s
 		return nil, err
 	}
 	r := &rail{index: index, generation: generation, name: spec.String(), dev: dev, attr: dev.Attr()}
-	r.users.drained = make(chan struct{})
 	r.ctx, r.lose = context.WithCancelCause(context.Background())
 	if r.port, err = dev.Port(spec.port); err == nil {
 		r.locate(s)
@@ -90,10 +90,10 @@ func (r *rail) close() error { return errors.Join(r.proof.close(), r.dev.Close()
 // locate asks the device where the rail is now, and tells whether that has changed. A rail that is lost is asked no more:
 // its device may be closed.
 func (r *rail) locate(s *settings) bool {
-	if !r.users.enter() {
+	if !r.users.Enter() {
 		return false
 	}
-	defer r.users.leave()
+	defer r.users.Leave()
 	now := &station{}
 	if now.port, now.err = r.dev.Port(r.port.Number); now.err == nil {
 		var gids []device.GID

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/inuse"
 	"github.com/umbp/umbp/plugins/rdma/device"
 )
 
@@ -64,7 +65,7 @@ type transport struct {
 	counts   counts
 	limits   func() hostLimits
 	part     uint64 // bytes of one memory region of the devices
-	regions  regions
+	regions  inuse.Table[region]
 	breakers breakers
 	served   connections
 
@@ -297,14 +298,14 @@ func (t *transport) Register(ctx context.Context, m backend.Memory) ([]byte, err
 	defer t.running.Done()
 	t.memory.Lock()
 	defer t.memory.Unlock()
-	if t.regions.get(m.Region) != nil {
+	if t.regions.Get(m.Region) != nil {
 		return refuse(backend.Errorf(backend.BadRequest, "a region of this id is registered already"))
 	}
 	r := newRegion(&m, t.part, len(t.slots))
 	if err := t.pin(ctx, r); err != nil {
 		return refuse(err)
 	}
-	t.regions.add(r)
+	t.regions.Add(r.id, r)
 	if m.Rights == 0 {
 		return nil, nil
 	}
@@ -350,6 +351,13 @@ func (t *transport) unpin(r *region) error {
 	return nil
 }
 
+// remove drops a region that nobody uses any more, and no device has. The caller holds t.memory.
+func (t *transport) remove(r *region) {
+	if t.regions.Remove(r.id, r) {
+		r.bytes = nil
+	}
+}
+
 // key returns the key of a region. The caller holds t.memory.
 func (t *transport) key(r *region) *remoteKey {
 	k := &remoteKey{
@@ -367,17 +375,17 @@ func (t *transport) key(r *region) *remoteKey {
 // Deregister implements backend.Backend. It lets what uses the region finish, and breaks it when ctx ends first; so it
 // always ends quiet, unless a device fails to let go of the memory.
 func (t *transport) Deregister(ctx context.Context, id backend.RegionID) error {
-	r := t.regions.get(id)
+	r := t.regions.Get(id)
 	if r == nil {
 		return nil
 	}
-	r.users.close()
+	unused := r.users.Shut()
 	select {
-	case <-r.users.drained:
+	case <-unused:
 	case <-ctx.Done():
 		t.failEndpoints(backend.Errorf(backend.PathDown, "region %d was deregistered during a transfer", id), false,
 			func(e *endpoint, _ []*path) bool { return e.uses(r) })
-		<-r.users.drained
+		<-unused
 	}
 	t.memory.Lock()
 	defer t.memory.Unlock()
@@ -386,7 +394,7 @@ func (t *transport) Deregister(ctx context.Context, id backend.RegionID) error {
 		e.Region = id
 		return e
 	}
-	t.regions.remove(r)
+	t.remove(r)
 	return nil
 }
 
@@ -430,7 +438,7 @@ func (t *transport) forget(e *endpoint) {
 	delete(t.endpoints, e)
 	t.mu.Unlock()
 	for _, p := range paths {
-		p.rail.users.leave()
+		p.rail.users.Leave()
 	}
 }
 
@@ -487,11 +495,10 @@ func (t *transport) Close() error {
 	err := t.served.drop(func(*served) bool { return true })
 	t.memory.Lock()
 	defer t.memory.Unlock()
-	for _, r := range t.regions.all() {
-		r.users.close()
-		<-r.users.drained
+	for _, r := range t.regions.All() {
+		<-r.users.Shut()
 		err = errors.Join(err, t.unpin(r))
-		t.regions.remove(r)
+		t.remove(r)
 	}
 	for _, r := range rails {
 		err = errors.Join(err, t.shut(r))
@@ -505,8 +512,7 @@ func (t *transport) Close() error {
 
 // shut closes a rail that is lost, when the last user has left it.
 func (t *transport) shut(r *rail) error {
-	r.users.close()
-	<-r.users.drained
+	<-r.users.Shut()
 	err := errors.Join(r.prober.close(), r.close())
 	if !errors.Is(err, syscall.EBUSY) { // a device that is not closed has no end of events
 		<-r.attended
@@ -609,7 +615,7 @@ func (t *transport) replace(r *rail, cause error) {
 	}
 	t.vacate(r)
 	t.memory.Lock() // nothing reaches the regions over this rail any more, whether its device gives them back or not
-	for _, region := range t.regions.all() {
+	for _, region := range t.regions.All() {
 		if g := region.rails[r.index].Swap(nil); g != nil {
 			if err := g.close(); err != nil {
 				t.log.Debug("a lost RDMA device did not give memory back", "backend", t.info.Name, "port", r.name, "error", err)
@@ -640,12 +646,11 @@ func (t *transport) replace(r *rail, cause error) {
 // vacate returns when nobody has anything of a lost rail any more. Queue pairs that serve peers, and are not destroyed at
 // once, are tried again, up to the end of the backend.
 func (t *transport) vacate(r *rail) {
-	r.users.close()
-	closing := t.ctx.Done()
+	unused, closing := r.users.Shut(), t.ctx.Done()
 	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
 		t.dropServed(func(c *served) bool { return c.over(r) })
 		select {
-		case <-r.users.drained:
+		case <-unused:
 			return
 		case <-closing:
 			r.spent.Store(true)
@@ -671,7 +676,7 @@ func (t *transport) reopen(index int) (err error) {
 	defer t.memory.Unlock()
 	defer func() {
 		if err != nil {
-			for _, region := range t.regions.all() {
+			for _, region := range t.regions.All() {
 				if g := region.rails[index].Swap(nil); g != nil {
 					err = errors.Join(err, g.close())
 				}
@@ -682,7 +687,7 @@ func (t *transport) reopen(index int) (err error) {
 	if r.attr.MaxMRSize != 0 && r.attr.MaxMRSize < t.part {
 		return fmt.Errorf("%s has come back with memory regions of %d bytes only", spec, r.attr.MaxMRSize)
 	}
-	for _, region := range t.regions.all() {
+	for _, region := range t.regions.All() {
 		g, err := r.register(t.ctx, region.bytes, region.part, access(region.rights))
 		if err != nil {
 			return err

@@ -164,7 +164,7 @@ func (t *transport) pair(ends []end) (pairs []pairing, unpaired []error) {
 // serve makes the target's end of a path.
 func (t *transport) serve(c *served, p pairing, e *end) (answeredPath, error) {
 	r, s := p.rail, &t.settings
-	if !r.users.enter() {
+	if !r.users.Enter() {
 		return answeredPath{}, lostRail(r)
 	}
 	lane := &servedLane{rail: r}
@@ -203,7 +203,7 @@ func (t *transport) serve(c *served, p pairing, e *end) (answeredPath, error) {
 // fresh returns the keys of the regions that peers may reach over a rail.
 func (t *transport) fresh(r *rail) map[backend.RegionID][]uint32 {
 	fresh := make(map[backend.RegionID][]uint32)
-	for id, region := range t.regions.all() {
+	for id, region := range t.regions.All() {
 		if g := region.rails[r.index].Load(); g != nil && g.rail == r && region.rights != 0 && len(fresh) < maxFresh {
 			fresh[id] = g.rkeys
 		}
@@ -225,7 +225,7 @@ func (l *servedLane) close() error {
 		return err == nil || l.rail.spent.Load()
 	})
 	if l.over = len(l.qps) == 0; l.over {
-		l.rail.users.leave()
+		l.rail.users.Leave()
 	}
 	return failed
 }

@@ -6,6 +6,7 @@ import (
 	"math/bits"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/inuse"
 	"github.com/umbp/umbp/plugins/rdma/coalesce"
 )
 
@@ -15,7 +16,7 @@ type session struct {
 	near     *region
 	remote   backend.Remote
 	sink     backend.Sink
-	users    gate // calls of Post, and transfers that have not completed
+	users    inuse.Gate // calls of Post, and transfers that have not completed
 
 	// How offsets become addresses and keys.
 	nearBase, farBase   uint64
@@ -31,14 +32,13 @@ type keys struct{ near, far []uint32 }
 func (e *endpoint) Session(_ context.Context, local backend.RegionID, remote backend.Remote, sink backend.Sink) (backend.Session, error) {
 	s := &session{endpoint: e, remote: remote, sink: sink}
 	s.remote.Key = nil // the caller's
-	s.users.drained = make(chan struct{})
-	s.near = e.t.regions.get(local)
-	if s.near == nil || !s.near.users.enter() {
+	s.near = e.t.regions.Get(local)
+	if s.near == nil || !s.near.users.Enter() {
 		err := s.fault(backend.BadRequest, "session", "the local region is not registered")
 		err.Region = local
 		return nil, err
 	}
-	defer s.near.users.leave()
+	defer s.near.users.Leave()
 	if err := s.bind(remote.Key); err != nil {
 		return nil, err
 	}
@@ -128,17 +128,17 @@ func (s *session) begin(x *backend.Transfer) (*transfer, error) {
 	if err := s.check(x); err != nil {
 		return nil, err
 	}
-	if !s.users.enter() {
+	if !s.users.Enter() {
 		return nil, s.fault(backend.BadRequest, "post", "the session is closed")
 	}
-	if !s.near.users.enter() {
-		s.users.leave()
+	if !s.near.users.Enter() {
+		s.users.Leave()
 		return nil, s.deregistered()
 	}
 	t, err := s.endpoint.take()
 	if err != nil {
-		s.near.users.leave()
-		s.users.leave()
+		s.near.users.Leave()
+		s.users.Leave()
 		return nil, err
 	}
 	t.session, t.cookie, t.op, t.segments = s, x.Cookie, x.Op, len(x.Segments)
@@ -205,8 +205,8 @@ func (s *session) Cancel(cookie uint64) {
 
 // Close implements backend.Session.
 func (s *session) Close() error {
-	s.users.close()
+	unused := s.users.Shut()
 	s.endpoint.cancel(func(t *transfer) bool { return t.session == s })
-	<-s.users.drained
+	<-unused
 	return nil
 }

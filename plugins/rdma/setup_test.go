@@ -21,14 +21,14 @@ const bothRights = backend.RemoteRead | backend.RemoteWrite
 // move writes and reads once over the session, and compares.
 func (r *rig) move(t testing.TB, what string) {
 	t.Helper()
-	pattern(r.near, int(time.Now().UnixNano()))
+	fill(r.near, uint64(time.Now().UnixNano()))
 	want := bytes.Clone(r.near)
 	whole := []backend.Segment{{Length: uint64(len(r.near))}}
 	for _, op := range []backend.Op{backend.Write, backend.Read} {
 		if err := r.session.Post(backend.Transfer{Op: op, Segments: whole}); err != nil {
 			t.Fatalf("%s: %s: %v", what, op, err)
 		}
-		if c := r.completions.next(t); c.Err != nil {
+		if c := r.completions.Next(t); c.Err != nil {
 			t.Fatalf("%s: %s: %v", what, op, c.Err)
 		}
 		if !bytes.Equal(r.far, want) || !bytes.Equal(r.near, want) {
@@ -93,7 +93,7 @@ func TestMixedRails(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f, libA, libB := hosts(verbstest.Config{}, c.a, c.b)
-			r := &rig{fabric: f, near: make([]byte, 1<<16), far: make([]byte, 1<<16), completions: newSink()}
+			r := &rig{fabric: f, near: make([]byte, 1<<16), far: make([]byte, 1<<16), completions: new(sink)}
 			r.a, r.b = openNode(t, libA, "a", map[string]string{"stripe": "4KiB", "wr_bytes": "4KiB"}), openNode(t, libB, "b", nil)
 			r.a.lend(t, 1, r.near, 0)
 			r.remote = r.b.lend(t, 2, r.far, bothRights)
@@ -105,9 +105,7 @@ func TestMixedRails(t *testing.T) {
 				}
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			var got [][2]int
 			for _, p := range r.a.endpoints[e] {
 				got = append(got, [2]int{p.rail.index, p.remote})
@@ -133,9 +131,7 @@ func TestOnePathFails(t *testing.T) {
 	}
 	r.move(t, "over one of two paths")
 	h, err := r.a.Offer(context.Background(), r.b.self)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if o, _ := parseOffer(h.Offer()); len(o.ends) != 1 || o.ends[0].rail != 0 {
 		t.Errorf("the bad path is offered again: %+v", o.ends)
 	}
@@ -189,9 +185,7 @@ func TestDeviceComesBack(t *testing.T) {
 					loser = r.b
 				}
 				idle, err := r.a.Offer(context.Background(), r.b.self) // waits for an answer that does not come
-				if err != nil {
-					t.Fatal(err)
-				}
+				must(t, err)
 				r.fabric.Fatal(victim)
 				eventually(t, "losing the rail", func() bool { return len(loser.rails()) == devices-1 })
 				if loser == r.a {
@@ -252,13 +246,9 @@ func TestOldKeyOnNewDevice(t *testing.T) {
 		rails := r.b.rails()
 		return len(rails) == 1 && rails[0].generation == 2
 	})
-	if err := r.b.Deregister(context.Background(), r.remote.Region); err != nil {
-		t.Fatal(err)
-	}
+	must(t, r.b.Deregister(context.Background(), r.remote.Region))
 	e, err := tryConnect(r.a, r.b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, err = e.Session(context.Background(), 1, r.remote, r.completions)
 	wantCode(t, err, backend.PathDown)
 }
@@ -335,9 +325,7 @@ func TestOpenWithout(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			values, err := backend.CheckOptions(options, c.options)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			_, err = Factory(c.lib).Open(context.Background(), backend.Config{Self: backend.Peer{Node: "n", Incarnation: 1}, Options: values})
 			wantCode(t, err, backend.Unsupported)
 			if !strings.Contains(err.Error(), c.want) {
@@ -423,9 +411,7 @@ func TestFenceIsCertain(t *testing.T) {
 	if err := fence(); err == nil {
 		t.Fatal("the fence is done, and a queue pair lives")
 	}
-	if err := fence(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, fence())
 	if n := len(r.fabric.QPs("sim-b0")); n != 0 {
 		t.Errorf("%d queue pairs are left", n)
 	}
@@ -435,12 +421,12 @@ func TestFenceIsCertain(t *testing.T) {
 func TestFenceWaitsForTheDevice(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, map[string]string{"breaker_pause": "1m", "breaker_max_pause": "1h"})
 	rail := r.b.rails()[0]
-	rail.users.enter() // somebody still has something of the device
+	rail.users.Enter() // somebody still has something of the device
 	r.fabric.Fatal("sim-b0")
 	eventually(t, "losing the rail", func() bool { return len(r.b.rails()) == 0 })
 	fence := func() error { return r.b.Fence(context.Background(), r.a.self) }
 	wantCode(t, fence(), backend.Busy)
-	rail.users.leave()
+	rail.users.Leave()
 	eventually(t, "a fence", func() bool { return fence() == nil })
 	if now := r.fabric.QPs("sim-b0"); len(now) != 0 {
 		t.Errorf("after it there are %+v", now)
@@ -475,9 +461,7 @@ func TestFenceOfWhatStays(t *testing.T) {
 func TestRailThatIsClosed(t *testing.T) {
 	r := newRig(t, verbstest.Config{}, 4096, nil)
 	rail := r.b.rails()[0]
-	if err := r.b.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, r.b.Close())
 	if rail.locate(&r.b.settings) {
 		t.Error("a closed device has moved")
 	}
@@ -492,9 +476,7 @@ func TestStuckMemory(t *testing.T) {
 	if !errors.Is(err, syscall.EBUSY) {
 		t.Errorf("the error is %v", err)
 	}
-	if err := r.b.Deregister(context.Background(), r.remote.Region); err != nil {
-		t.Fatal(err)
-	}
+	must(t, r.b.Deregister(context.Background(), r.remote.Region))
 	r.remote = r.b.lend(t, r.remote.Region, r.far, bothRights)
 	r.connect(t)
 	r.move(t, "registered again")
@@ -510,9 +492,7 @@ func TestMaxConnections(t *testing.T) {
 	var all []*endpoint
 	for range 2 {
 		e, err := tryConnect(a, b)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		all = append(all, e)
 	}
 	_, err := tryConnect(a, b)
@@ -542,16 +522,12 @@ func TestHandshakeOnce(t *testing.T) {
 	offer := func() backend.Handshake {
 		t.Helper()
 		h, err := r.a.Offer(ctx, r.b.self)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		return h
 	}
 	h := offer()
 	answer, err := r.b.Answer(ctx, r.a.self, h.Offer())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if _, err := h.Establish(ctx, answer); err != nil {
 		t.Fatal(err)
 	}
@@ -608,9 +584,7 @@ func TestCloseBesideSetUp(t *testing.T) {
 			})
 		}
 		idle, err := a.Offer(context.Background(), b.self)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		time.Sleep(time.Millisecond)
 		for _, n := range []*transport{a, b} {
 			busy.Go(func() {

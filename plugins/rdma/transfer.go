@@ -57,8 +57,8 @@ type ending struct {
 // deliver calls the sink. Nobody touches the memory of the transfer any more, and its record is free.
 func (d *ending) deliver() {
 	d.session.sink.Complete(d.Completion)
-	d.session.near.users.leave()
-	d.session.users.leave()
+	d.session.near.users.Leave()
+	d.session.users.Leave()
 }
 
 // end frees the record of a transfer of which nothing is in a ledger nor queued, and returns its completion. The caller

@@ -9,6 +9,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 	"github.com/umbp/umbp/plugins/rdma/coalesce"
 	"github.com/umbp/umbp/plugins/rdma/verbstest"
 )
@@ -59,17 +60,11 @@ func TestTransfersMoveExactlyTheirSegments(t *testing.T) {
 			var cookie uint64
 			rapid.Check(t, func(rt *rapid.T) {
 				segments := drawSegments(rt, size)
-				pattern(r.near, rapid.IntRange(0, 255).Draw(rt, "near"))
-				pattern(r.far, rapid.IntRange(256, 511).Draw(rt, "far"))
+				fill(r.near, rapid.Uint64Range(0, 255).Draw(rt, "near"))
+				fill(r.far, rapid.Uint64Range(256, 511).Draw(rt, "far"))
 				wantNear, wantFar := bytes.Clone(r.near), bytes.Clone(r.far)
 				op := rapid.SampledFrom([]backend.Op{backend.Write, backend.Read}).Draw(rt, "op")
-				for _, g := range segments {
-					if op == backend.Write {
-						copy(wantFar[g.Remote:g.Remote+g.Length], r.near[g.Local:])
-					} else {
-						copy(wantNear[g.Local:g.Local+g.Length], r.far[g.Remote:])
-					}
-				}
+				backendtest.Model(op, wantNear, wantFar, segments...)
 				post := r.session.Post
 				if rapid.Bool().Draw(rt, "wait") {
 					post = r.session.PostWait
@@ -79,7 +74,7 @@ func TestTransfersMoveExactlyTheirSegments(t *testing.T) {
 					rt.Fatal(err)
 				}
 				clear(segments) // they are not the backend's any more
-				if c := r.completions.next(t); c.Err != nil || c.Cookie != cookie {
+				if c := r.completions.Next(t); c.Err != nil || c.Cookie != cookie {
 					rt.Fatalf("got %+v", c)
 				}
 				if !bytes.Equal(r.near, wantNear) || !bytes.Equal(r.far, wantFar) {

@@ -6,10 +6,11 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // touch gives memory pages of its own: what was never written is one page of zeros, which is always in the cache.
-func touch(b []byte) { pattern(b, 1) }
+func touch(b []byte) { fill(b, 1) }
 
 // benchmarkTransfer posts one transfer after the other.
 func benchmarkTransfer(b *testing.B, size int, transfer backend.Transfer) {
@@ -144,14 +145,14 @@ func BenchmarkWrite4KiB(b *testing.B) {
 
 func BenchmarkPipelined4KiB(b *testing.B) {
 	p := newPair(b, 4096, nil)
-	done := make(sink, 256)
+	done := make(backendtest.Signal, 128)
 	s := bind(b, p.endpoint, 1, p.remote, done)
 	b.SetBytes(4096)
 	inFlight := 0
 	for b.Loop() {
 		if inFlight == 128 {
-			if c := <-done; c.Err != nil {
-				b.Fatal(c.Err)
+			if err := <-done; err != nil {
+				b.Fatal(err)
 			}
 			inFlight--
 		}

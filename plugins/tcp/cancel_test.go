@@ -30,16 +30,14 @@ func TestCancelReadBeforeItsReply(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			rt := newRawTarget(t, 4096, map[string]string{"window": "2"})
 			for _, transfer := range []backend.Transfer{read(1, evenly(4, 4096)...), write(2, evenly(1, 64)...)} {
-				if err := rt.session.Post(transfer); err != nil {
-					t.Fatal(err)
-				}
+				must(t, rt.session.Post(transfer))
 			}
 			first, second := rt.readRequest(t), rt.readRequest(t)
 			for range 2 {
 				rt.session.Cancel(1)
 			}
-			c := rt.completions.next(t)
-			pattern(rt.near, 3)
+			c := rt.completions.Next(t)
+			fill(rt.near, 3)
 			want := bytes.Clone(rt.near)
 			wantCode(t, c.Err, backend.Cancelled)
 			wantAll(t, c.Outcomes, 4, backend.Failed)
@@ -48,13 +46,13 @@ func TestCancelReadBeforeItsReply(t *testing.T) {
 			}
 			answer(t, rt, first.id)
 			rt.reply(t, reply{id: second.id})
-			if c := rt.completions.next(t); c.Cookie != 2 || c.Err != nil {
+			if c := rt.completions.Next(t); c.Cookie != 2 || c.Err != nil {
 				t.Fatalf("the neighbour ended with %+v", c)
 			}
 			if !bytes.Equal(rt.near, want) {
 				t.Fatal("a cancelled read touched memory after its completion")
 			}
-			rt.completions.empty(t)
+			rt.completions.Empty(t)
 			wantAlive(t, rt.endpoint)
 			if n := rt.endpoint.freeFlights(); n != 2 {
 				t.Fatalf("%d places are free, want 2", n)
@@ -66,9 +64,7 @@ func TestCancelReadBeforeItsReply(t *testing.T) {
 func TestCancelReadInTheMiddleOfItsReply(t *testing.T) {
 	rt := newRawTarget(t, 2*4096, nil)
 	for _, transfer := range []backend.Transfer{read(1, evenly(4, 4096)...), read(2, backend.Segment{Local: 4096, Length: 64})} {
-		if err := rt.session.Post(transfer); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(transfer))
 	}
 	first, second := rt.readRequest(t), rt.readRequest(t)
 	rt.reply(t, reply{id: first.id, bytes: 4096}, make([]byte, 1500)...)
@@ -76,8 +72,8 @@ func TestCancelReadInTheMiddleOfItsReply(t *testing.T) {
 	for range 2 {
 		rt.session.Cancel(1)
 	}
-	c := rt.completions.next(t)
-	pattern(rt.near[:4096], 3)
+	c := rt.completions.Next(t)
+	fill(rt.near[:4096], 3)
 	want := bytes.Clone(rt.near[:4096])
 	wantCode(t, c.Err, backend.Cancelled)
 	if outcomes := []backend.Outcome{backend.Done, backend.Failed, backend.Failed, backend.Failed}; !slices.Equal(c.Outcomes, outcomes) {
@@ -87,7 +83,7 @@ func TestCancelReadInTheMiddleOfItsReply(t *testing.T) {
 		t.Fatal(err)
 	}
 	rt.reply(t, reply{id: second.id, bytes: 64}, bytes.Repeat([]byte{9}, 64)...)
-	if c := rt.completions.next(t); c.Cookie != 2 || c.Err != nil {
+	if c := rt.completions.Next(t); c.Cookie != 2 || c.Err != nil {
 		t.Fatalf("the neighbour ended with %+v", c)
 	}
 	if !bytes.Equal(rt.near[:4096], want) {
@@ -102,16 +98,12 @@ func TestCancelReadInTheMiddleOfItsReply(t *testing.T) {
 // TestCancelledReadThatStalls: the target never sends the rest, so the endpoint is given up in the end.
 func TestCancelledReadThatStalls(t *testing.T) {
 	rt := newRawTarget(t, 64, map[string]string{"io_timeout": "100ms"})
-	if err := rt.session.Post(read(1, evenly(1, 64)...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(read(1, evenly(1, 64)...)))
 	rt.session.Cancel(1)
-	wantCode(t, rt.completions.next(t).Err, backend.Cancelled)
+	wantCode(t, rt.completions.Next(t).Err, backend.Cancelled)
 	wantClosed(t, rt.endpoint.Done(), "the end of the endpoint")
-	if err := rt.endpoint.Close(); err != nil {
-		t.Fatal(err)
-	}
-	rt.completions.empty(t)
+	must(t, rt.endpoint.Close())
+	rt.completions.Empty(t)
 }
 
 // TestCancelledReadsLeaveTheirNeighboursAlone cancels every other read, wherever it has got to. What is cancelled
@@ -129,26 +121,24 @@ func TestCancelledReadsLeaveTheirNeighboursAlone(t *testing.T) {
 			near, far := make([]byte, reads*each), make([]byte, reads*each)
 			a.lend(t, 1, near, 0)
 			e := connect(t, a, b)
-			completions := newSink()
+			completions := new(sink)
 			s := bind(t, e, 1, b.lend(t, 1, far, everything), completions)
-			pattern(far, 1)
+			fill(far, 1)
 			for round := range rounds {
 				clear(near)
 				want := bytes.Clone(far)
 				for i, g := range evenly(reads, len(far)) {
-					if err := s.Post(read(uint64(i), g)); err != nil {
-						t.Fatal(err)
-					}
+					must(t, s.Post(read(uint64(i), g)))
 				}
 				start := e.lanes[0].stream.progress.Load()
 				eventually(t, "progress", func() bool {
-					return e.lanes[0].stream.progress.Load() >= start+uint64(round) || len(completions) == reads
+					return e.lanes[0].stream.progress.Load() >= start+uint64(round) || len(completions.All(t)) == reads
 				})
 				for i := 0; i < reads; i += 2 {
 					s.Cancel(uint64(i))
 				}
 				for range reads {
-					c := completions.next(t)
+					c := completions.Next(t)
 					if c.Err == nil {
 						continue
 					}
@@ -167,9 +157,7 @@ func TestCancelledReadsLeaveTheirNeighboursAlone(t *testing.T) {
 				}
 			}
 			wantAlive(t, e)
-			if err := s.Close(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, s.Close())
 		})
 	}
 }

@@ -74,9 +74,7 @@ func TestEveryTransferCompletesOnce(t *testing.T) {
 					})
 				}
 				wg.Wait()
-				if err := errors.Join(s.Close(), p.a.Close(), p.b.Close()); err != nil {
-					t.Fatal(err)
-				}
+				must(t, errors.Join(s.Close(), p.a.Close(), p.b.Close()))
 				for cookie := range l {
 					if len(l[cookie]) != 0 {
 						t.Fatalf("transfer %d, accepted %v, completed %d times too often", cookie, accepted[cookie], len(l[cookie]))

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // wantCut checks the outcomes of a Write that broke on the way: a part in doubt, and the rest not sent.
@@ -44,21 +45,17 @@ func TestCancel(t *testing.T) {
 	rt.session.Cancel(17) // unknown
 
 	rt.session.Cancel(1) // waits behind the first one
-	c := rt.completions.next(t)
+	c := rt.completions.Next(t)
 	wantCode(t, c.Err, backend.Cancelled)
 	wantAll(t, c.Outcomes, 2, backend.NotSent)
 	if c.Cookie != 1 {
 		t.Fatalf("transfer %d was cancelled, want 1", c.Cookie)
 	}
-	select {
-	case <-rt.endpoint.Done():
-		t.Fatal("cancelling a transfer that had not begun broke the endpoint")
-	default:
-	}
+	wantOpen(t, rt.endpoint.Done(), "cancelling a transfer that had not begun broke the endpoint")
 
 	rt.readHead(t) // so the first one has begun
 	rt.session.Cancel(0)
-	all := rt.completions.collect(t, 2)
+	all := rt.completions.Collect(t, 2)
 	clear(rt.near) // quiet: the race detector sees it if anybody still sends from here
 	wantCode(t, all[0].Err, backend.Cancelled)
 	wantCut(t, all[0].Outcomes, 64)
@@ -71,13 +68,11 @@ func TestCancel(t *testing.T) {
 func TestCutInTheMiddleOfAWrite(t *testing.T) {
 	const size = 64 << 20
 	rt := newRawTarget(t, size, nil)
-	if err := rt.session.Post(write(1, evenly(64, size)...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(write(1, evenly(64, size)...)))
 	rt.readHead(t)
 	rt.readFull(t, make([]byte, 100<<10))
 	rt.conn.Close()
-	c := rt.completions.next(t)
+	c := rt.completions.Next(t)
 	wantCode(t, c.Err, backend.PathDown)
 	wantCut(t, c.Outcomes, 64)
 	wantClosed(t, rt.endpoint.Done(), "the end of the endpoint")
@@ -85,13 +80,11 @@ func TestCutInTheMiddleOfAWrite(t *testing.T) {
 
 func TestCutInTheMiddleOfARead(t *testing.T) {
 	rt := newRawTarget(t, 3000, nil)
-	if err := rt.session.Post(read(1, evenly(3, 3000)...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(read(1, evenly(3, 3000)...)))
 	r := rt.readRequest(t)
 	rt.reply(t, reply{id: r.id, bytes: 3000}, make([]byte, 2999)...)
 	rt.conn.Close()
-	c := rt.completions.next(t)
+	c := rt.completions.Next(t)
 	wantCode(t, c.Err, backend.PathDown)
 	if want := []backend.Outcome{backend.Done, backend.Done, backend.Failed}; !slices.Equal(c.Outcomes, want) {
 		t.Fatalf("outcomes are %v, want %v", c.Outcomes, want)
@@ -116,19 +109,15 @@ func TestCloseCompletesWhatIsInFlight(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			rt := newRawTarget(t, 1<<20, nil)
 			for i := range uint64(5) {
-				if err := rt.session.Post(read(i, evenly(1, 100)...)); err != nil {
-					t.Fatal(err)
-				}
+				must(t, rt.session.Post(read(i, evenly(1, 100)...)))
 			}
 			for range 2 {
-				if err := end(rt); err != nil {
-					t.Fatal(err)
-				}
+				must(t, end(rt))
 			}
-			if len(rt.completions) != 5 {
-				t.Fatalf("%d completions when Close had returned, want 5", len(rt.completions))
+			if len(rt.completions.All(t)) != 5 {
+				t.Fatalf("%d completions when Close had returned, want 5", len(rt.completions.All(t)))
 			}
-			for _, c := range rt.completions.collect(t, 5) {
+			for _, c := range rt.completions.Collect(t, 5) {
 				if c.Err == nil {
 					t.Errorf("transfer %d succeeded", c.Cookie)
 				}
@@ -151,17 +140,15 @@ func TestRestartedTarget(t *testing.T) {
 	remote := b.lend(t, 1, make([]byte, 64), everything)
 	address := b.server.addresses[0]
 	old := connect(t, a, b)
-	completions := newSink()
+	completions := new(sink)
 	s := bind(t, old, 1, remote, completions)
 	h, granted := granted(t, a, b)
-	if err := b.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, b.Close())
 	wantClosed(t, old.Done(), "the end of the endpoint to the old incarnation")
 	wantCode(t, s.Post(write(1, evenly(1, 64)...)), backend.PathDown)
 
 	b2 := node(t, "b", config{
-		peer:    backend.Peer{Node: "b", Incarnation: 8, Host: "here"},
+		peer:    backendtest.Peer("b", 8),
 		options: map[string]string{"listen": address},
 	})
 	_, err := h.Establish(t.Context(), granted.encode())
@@ -174,10 +161,8 @@ func TestRestartedTarget(t *testing.T) {
 	wantCode(t, err, backend.PeerGone) // what the old incarnation lent
 	far := make([]byte, 64)
 	s = bind(t, fresh, 1, b2.lend(t, 1, far, everything), completions)
-	if err := s.Post(write(2, evenly(1, 64)...)); err != nil {
-		t.Fatal(err)
-	}
-	if c := completions.next(t); c.Err != nil {
+	must(t, s.Post(write(2, evenly(1, 64)...)))
+	if c := completions.Next(t); c.Err != nil {
 		t.Fatal(c.Err)
 	}
 }
@@ -188,7 +173,7 @@ func TestRestartedInitiator(t *testing.T) {
 	a := node(t, "a", config{})
 	old := connect(t, a, b)
 	h, granted := granted(t, a, b)
-	a2 := node(t, "a", config{peer: backend.Peer{Node: "a", Incarnation: 70, Host: "here"}})
+	a2 := node(t, "a", config{peer: backendtest.Peer("a", 70)})
 	connect(t, a2, b)
 	wantClosed(t, old.Done(), "the end of the old incarnation's endpoint")
 	_, err := h.Establish(t.Context(), granted.encode())
@@ -206,19 +191,13 @@ func TestIdleConnectionsLiveOn(t *testing.T) {
 	}
 	time.Sleep(1500 * time.Millisecond) // the system sends probes
 	p.must(t, read(2, evenly(1, 4096)...))
-	select {
-	case <-p.endpoint.Done():
-		t.Fatal("the endpoint did not survive an idle time")
-	default:
-	}
+	wantOpen(t, p.endpoint.Done(), "the endpoint did not survive an idle time")
 }
 
 func TestSilentTargetIsGivenUp(t *testing.T) {
 	rt := newRawTarget(t, 64, map[string]string{"io_timeout": "100ms"})
-	if err := rt.session.Post(write(1, evenly(1, 64)...)); err != nil {
-		t.Fatal(err)
-	}
-	c := rt.completions.next(t)
+	must(t, rt.session.Post(write(1, evenly(1, 64)...)))
+	c := rt.completions.Next(t)
 	wantCode(t, c.Err, backend.PathDown)
 	wantAll(t, c.Outcomes, 1, backend.InDoubt)
 }
@@ -270,7 +249,7 @@ func halfWrite(t *testing.T, a, b *transport, far []byte) (net.Conn, []byte) {
 	if _, err := conn.Write(frame[:half]); err != nil {
 		t.Fatal(err)
 	}
-	region := b.regions.get(1)
+	region := b.regions.Get(1)
 	eventually(t, "storing", func() bool {
 		b.server.mu.Lock()
 		defer b.server.mu.Unlock()
@@ -292,7 +271,7 @@ func TestDeregisterWaitsForTransfers(t *testing.T) {
 	conn, rest := halfWrite(t, a, b, far)
 	done := make(chan error, 1)
 	go func() { done <- b.Deregister(context.Background(), 1) }()
-	eventually(t, "the end of new uses", func() bool { return b.regions.get(1).users.isShut() })
+	eventually(t, "the end of new uses", func() bool { return b.regions.Get(1).users.IsShut() })
 	select {
 	case err := <-done:
 		t.Fatalf("Deregister returned %v while a peer was writing", err)
@@ -304,9 +283,7 @@ func TestDeregisterWaitsForTransfers(t *testing.T) {
 	if r, _ := readReply(t, conn); r.code != 0 {
 		t.Fatalf("the write was answered with %q", r.code)
 	}
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	must(t, <-done)
 	if !bytes.Equal(far, bytes.Repeat([]byte{1}, len(far))) {
 		t.Fatal("the write is not in place")
 	}
@@ -327,25 +304,19 @@ func TestDeregisterBreaksTransfersWhenItsContextEnds(t *testing.T) {
 		b := node(t, "b", config{})
 		b.lend(t, 1, far, everything)
 		conn, _ := halfWrite(t, a, b, far)
-		if err := b.Deregister(ended, 1); err != nil {
-			t.Fatal(err)
-		}
+		must(t, b.Deregister(ended, 1))
 		clear(far)
 		wantEnd(t, conn)
 	})
 	t.Run("initiator", func(t *testing.T) {
 		rt := newRawTarget(t, 4096, nil)
-		if err := rt.session.Post(read(1, evenly(1, 4096)...)); err != nil {
-			t.Fatal(err)
-		}
-		if err := rt.endpoint.t.Deregister(ended, 1); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(read(1, evenly(1, 4096)...)))
+		must(t, rt.endpoint.t.Deregister(ended, 1))
 		clear(rt.near)
-		if len(rt.completions) != 1 {
+		if len(rt.completions.All(t)) != 1 {
 			t.Fatal("Deregister returned before the transfer had completed")
 		}
-		wantCode(t, rt.completions.next(t).Err, backend.PathDown)
+		wantCode(t, rt.completions.Next(t).Err, backend.PathDown)
 		if rt.session.Post(read(2, evenly(1, 4096)...)) == nil {
 			t.Fatal("posting from a region that is gone was accepted")
 		}
@@ -355,17 +326,11 @@ func TestDeregisterBreaksTransfersWhenItsContextEnds(t *testing.T) {
 func tcpPair(t *testing.T) (client, server *net.TCPConn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	c, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	s, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return c.(*net.TCPConn), s.(*net.TCPConn)
 }

@@ -12,15 +12,14 @@ import (
 	"testing"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 func flushFrame(id uint64) []byte { return appendRequest(nil, request{op: opFlush, id: id}) }
 
 func mustFence(t testing.TB, target *transport, peer backend.Peer) {
 	t.Helper()
-	if err := target.Fence(context.Background(), peer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, target.Fence(context.Background(), peer))
 }
 
 func wantAlive(t testing.TB, e *endpoint) {
@@ -60,11 +59,11 @@ func TestFenceBreaksWhatIsStuck(t *testing.T) {
 	otherIncarnation := a.self
 	otherIncarnation.Incarnation++
 	mustFence(t, b, otherIncarnation)
-	if b.regions.get(1).users.inside.Load() != 1 {
+	if b.regions.Get(1).users.Inside() != 1 {
 		t.Fatal("fencing another incarnation ended the write")
 	}
 	mustFence(t, b, a.self)
-	if n := b.regions.get(1).users.inside.Load(); n != 0 {
+	if n := b.regions.Get(1).users.Inside(); n != 0 {
 		t.Fatalf("%d writes go on after the fence", n)
 	}
 	clear(far) // the pages are used again
@@ -84,7 +83,7 @@ func TestFenceWaitsForWhatWasPosted(t *testing.T) {
 	far := make([]byte, 1<<20)
 	a := node(t, "a", config{options: map[string]string{"connections": "1"}})
 	b := node(t, "b", config{})
-	b.settings.fenceGrace = long
+	b.settings.fenceGrace = backendtest.Patience
 	b.lend(t, 1, far, everything)
 	for id := uint64(1); id <= 2; id++ { // the second fence is of no less worth
 		conn, rest := halfWrite(t, a, b, far)
@@ -101,9 +100,7 @@ func TestFenceWaitsForWhatWasPosted(t *testing.T) {
 		default:
 		}
 		send(t, conn, flushFrame(1))
-		if err := <-fenced; err != nil {
-			t.Fatal(err)
-		}
+		must(t, <-fenced)
 		send(t, conn, readFrame(8, 1, span{0, 64}))
 		wantReply(t, conn, reply{id: 8, bytes: 64})
 		conn.Close()
@@ -118,9 +115,7 @@ func TestFenceInTheHandshake(t *testing.T) {
 		h, granted := granted(t, a, b)
 		mustFence(t, b, a.self)
 		e, err := h.Establish(t.Context(), granted.encode())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		wantAlive(t, e.(*endpoint))
 	})
 	t.Run("proving", func(t *testing.T) {
@@ -132,13 +127,9 @@ func TestFenceInTheHandshake(t *testing.T) {
 		for i := range conns {
 			conns[i], proofs[i] = dialExchange(t, h, &granted, uint16(i))
 		}
-		if err := proofs[0].initiate(conns[0]); err != nil {
-			t.Fatal(err)
-		}
+		must(t, proofs[0].initiate(conns[0]))
 		mustFence(t, b, a.self) // with one of two connections through
-		if err := proofs[1].initiate(conns[1]); err != nil {
-			t.Fatal(err)
-		}
+		must(t, proofs[1].initiate(conns[1]))
 		for _, conn := range conns {
 			send(t, conn, readFrame(5, 1, span{0, 64}))
 			wantReply(t, conn, reply{id: 5, bytes: 64}) // and no wish for a flush before it
@@ -157,8 +148,8 @@ func TestFenceSparesWhatIsHealthy(t *testing.T) {
 			const size = 512 << 10
 			a := node(t, "a", config{change: credentials("a")})
 			b := node(t, "b", config{change: credentials("b")})
-			b.settings.fenceGrace = long
-			p := &pair{near: make([]byte, size), completions: newSink()}
+			b.settings.fenceGrace = backendtest.Patience
+			p := &pair{near: make([]byte, size), completions: new(sink)}
 			a.lend(t, 1, p.near, 0)
 			remote := b.lend(t, 1, make([]byte, size), everything)
 			e := connect(t, a, b)
@@ -185,7 +176,7 @@ func TestFenceSparesWhatIsHealthy(t *testing.T) {
 						break
 					}
 				}
-				for _, c := range p.completions.collect(t, 8) {
+				for _, c := range p.completions.Collect(t, 8) {
 					if c.Err != nil {
 						t.Error(c.Err)
 					}
@@ -203,9 +194,7 @@ func TestFlushStaysBehindWhatWasPosted(t *testing.T) {
 	const size = 16 << 20
 	rt := newRawTarget(t, size, nil)
 	post := func(cookie uint64, size int) {
-		if err := rt.session.Post(write(cookie, evenly(1, size)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(cookie, evenly(1, size)...)))
 	}
 	lane := rt.endpoint.lanes[0]
 	ask := func(id uint64) {
@@ -237,7 +226,7 @@ func TestFlushStaysBehindWhatWasPosted(t *testing.T) {
 			rt.reply(t, reply{id: r.id})
 		}
 	}
-	for _, c := range rt.completions.collect(t, 4) {
+	for _, c := range rt.completions.Collect(t, 4) {
 		if c.Err != nil {
 			t.Error(c.Err)
 		}
@@ -255,9 +244,7 @@ func TestFenceIsBoundedByItsContext(t *testing.T) {
 	client, conn := tcpPair(t)
 	defer client.Close()
 	s, err := newStream(conn, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	c := newServed(b, peer, s, new(atomic.Int32))
 	b.server.mu.Lock()
 	b.server.serving[c] = struct{}{} // nobody serves it, so it never gets quiet
@@ -266,9 +253,7 @@ func TestFenceIsBoundedByItsContext(t *testing.T) {
 	cancel()
 	wantCode(t, b.Fence(ctx, peer), backend.Cancelled)
 	close(c.quiet)
-	if err := b.Fence(t.Context(), peer); err != nil {
-		t.Fatal(err)
-	}
+	must(t, b.Fence(t.Context(), peer))
 	s.close(true)
 }
 
@@ -294,13 +279,11 @@ func TestFlushGathersWhatIsOnItsWay(t *testing.T) {
 	rt.reply(t, reply{code: statusFlush, id: 5})
 	first := <-asked
 	rt.reply(t, reply{code: statusFlush, id: 6}) // while it gathers for the one before
-	if err := rt.session.Post(write(0, evenly(1, 64)...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(write(0, evenly(1, 64)...)))
 	expect(backend.Write, 1)
 	rt.readFull(t, make([]byte, spanSize+64))
 	rt.reply(t, reply{id: 1})
-	rt.completions.collect(t, 1)
+	rt.completions.Collect(t, 1)
 	first <- nil
 	expect(opFlush, 5)
 	second := <-asked // more may have been posted before 6 was asked for
@@ -309,8 +292,6 @@ func TestFlushGathersWhatIsOnItsWay(t *testing.T) {
 
 	rt.reply(t, reply{code: statusFlush, id: 7})
 	(<-asked) <- errors.New("the host does not answer")
-	if err := rt.session.Post(write(1, evenly(1, 64)...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(write(1, evenly(1, 64)...)))
 	expect(backend.Write, 2) // and no flush before it
 }

@@ -53,9 +53,7 @@ func TestMessagesRoundTrip(t *testing.T) {
 func TestAnswerRefuses(t *testing.T) {
 	a, b := node(t, "a", config{}), node(t, "b", config{options: map[string]string{"max_connections": "3"}})
 	hs, err := a.Offer(t.Context(), b.self)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	raw := hs.Offer()
 	_, err = b.Answer(t.Context(), backend.Peer{Node: "c", Incarnation: 7}, raw)
 	wantCode(t, err, backend.BadRequest)
@@ -79,9 +77,7 @@ func TestAnswerRefuses(t *testing.T) {
 	off := node(t, "c", config{options: map[string]string{"listen": "off"}})
 	_, err = off.Answer(t.Context(), a.self, raw)
 	wantCode(t, err, backend.Unsupported)
-	if err := off.Fence(t.Context(), a.self); err != nil {
-		t.Fatal(err)
-	}
+	must(t, off.Fence(t.Context(), a.self))
 }
 
 func TestEstablishRefusesAnswersOfOthers(t *testing.T) {
@@ -154,9 +150,7 @@ func TestReplayedHandshake(t *testing.T) {
 	h, ans := granted(t, a, b)
 	conn, x := dialExchange(t, h, &ans, 0)
 	recorded := &tap{Conn: conn}
-	if err := x.initiate(recorded); err != nil {
-		t.Fatal(err)
-	}
+	must(t, x.initiate(recorded))
 	again, _ := dialExchange(t, h, &ans, 0)
 	if _, err := again.Write(recorded.sent.Bytes()); err != nil {
 		t.Fatal(err)
@@ -172,9 +166,7 @@ func TestReplayedHandshake(t *testing.T) {
 		wantCode(t, x.initiate(twice), backend.Denied)
 	}
 	second, x := dialExchange(t, h, &ans, 1)
-	if err := x.initiate(second); err != nil {
-		t.Fatal(err)
-	}
+	must(t, x.initiate(second))
 	_, err := h.Establish(t.Context(), ans.encode())
 	wantCode(t, err, backend.Denied) // the grant is used up
 }
@@ -222,9 +214,7 @@ func TestGarbageAtTheListener(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			conn, err := net.Dial("tcp", b.server.addresses[0])
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer conn.Close()
 			if _, err := conn.Write(garbage); err != nil {
 				t.Fatal(err)
@@ -233,9 +223,7 @@ func TestGarbageAtTheListener(t *testing.T) {
 				// Many that say nothing do not keep others out for longer than the handshake may take.
 				for range maxUnproven {
 					silent, err := net.Dial("tcp", b.server.addresses[0])
-					if err != nil {
-						t.Fatal(err)
-					}
+					must(t, err)
 					defer silent.Close()
 				}
 				eventually(t, "connecting past the silent ones", func() bool {
@@ -255,9 +243,7 @@ func TestBlackHole(t *testing.T) {
 	a := node(t, "a", config{options: map[string]string{"connect_timeout": "1s"}})
 	b := node(t, "b", config{})
 	l, err := net.Listen("tcp", "127.0.0.1:0") // the system accepts, nobody answers
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer l.Close()
 	stuck := func(ctx context.Context) <-chan error {
 		result := make(chan error, 1)
@@ -286,18 +272,14 @@ func TestBlackHole(t *testing.T) {
 	wantCode(t, <-byDeadline, backend.PathDown)
 
 	byClose := stuck(t.Context())
-	if err := a.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, a.Close())
 	wantCode(t, <-byClose, backend.PathDown)
 }
 
 func TestNextAddressIsTried(t *testing.T) {
 	a, b := node(t, "a", config{}), node(t, "b", config{})
 	nobody, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	address := nobody.Addr().String()
 	nobody.Close()
 	h, ans := granted(t, a, b)
@@ -419,10 +401,10 @@ func TestTLS(t *testing.T) {
 		a := node(t, "a", config{change: ours.credentials("a", ours)})
 		near := make([]byte, len(far))
 		a.lend(t, 1, near, 0)
-		p := &pair{completions: newSink()}
+		p := &pair{completions: new(sink)}
 		p.session = bind(t, connect(t, a, b), 1, remote, p.completions)
 		for _, n := range []int{1, 3, 4096} {
-			pattern(near, n)
+			fill(near, uint64(n))
 			want := bytes.Clone(near)
 			p.must(t, write(1, evenly(n, len(far))...))
 			if !bytes.Equal(far, want) {
@@ -434,24 +416,20 @@ func TestTLS(t *testing.T) {
 				t.Fatalf("a read of %d segments is not in place", n)
 			}
 		}
-		if err := p.session.e.Close(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.e.Close())
 	})
 	t.Run("cancel in flight", func(t *testing.T) {
 		a := node(t, "a", config{change: ours.credentials("a", ours), options: map[string]string{"connections": "1"}})
 		near := make([]byte, len(far))
 		a.lend(t, 1, near, 0)
-		completions := newSink()
+		completions := new(sink)
 		e := connect(t, a, b)
 		s := bind(t, e, 1, remote, completions)
 		for i := range uint64(6) {
-			if err := s.Post(read(i, evenly(3, len(far))...)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, s.Post(read(i, evenly(3, len(far))...)))
 		}
 		s.Cancel(5)
-		completions.collect(t, 6)
+		completions.Collect(t, 6)
 		clear(near)
 	})
 	refused := map[string]struct {
@@ -470,9 +448,7 @@ func TestTLS(t *testing.T) {
 	}
 	t.Run("no certificate", func(t *testing.T) {
 		conn, err := tls.Dial("tcp", b.server.addresses[0], &tls.Config{InsecureSkipVerify: true})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer conn.Close()
 		if n, err := conn.Read(make([]byte, 1)); n != 0 || err == nil {
 			t.Fatalf("read %d bytes, %v; want a refusal", n, err)

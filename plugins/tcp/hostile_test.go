@@ -12,6 +12,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 func TestFramesRoundTrip(t *testing.T) {
@@ -60,8 +61,8 @@ func (b *bigSum) add(x, y uint64) *bigSum {
 func TestHostileInitiator(t *testing.T) {
 	b := node(t, "b", config{})
 	far, secret := make([]byte, 4096), make([]byte, 4096)
-	pattern(far, 1)
-	pattern(secret, 2)
+	fill(far, 1)
+	fill(secret, 2)
 	wantFar, wantSecret := bytes.Clone(far), bytes.Clone(secret)
 	b.lend(t, 1, far, everything)
 	b.lend(t, 2, secret, 0)
@@ -132,9 +133,7 @@ func TestHostileInitiator(t *testing.T) {
 				}
 			}
 			conn.Close()
-			if err := b.Fence(t.Context(), a.self); err != nil {
-				t.Fatal(err)
-			}
+			must(t, b.Fence(t.Context(), a.self))
 			if !bytes.Equal(far, wantFar) || !bytes.Equal(secret, wantSecret) {
 				t.Fatal("memory has changed")
 			}
@@ -145,9 +144,7 @@ func TestHostileInitiator(t *testing.T) {
 // TestRefusalIsAttributed: the target refuses what the initiator could not know, and nothing else breaks.
 func TestRefusalIsAttributed(t *testing.T) {
 	p := newPair(t, 4096, nil)
-	if err := p.b.Deregister(t.Context(), 2); err != nil {
-		t.Fatal(err)
-	}
+	must(t, p.b.Deregister(t.Context(), 2))
 	p.b.lend(t, 3, make([]byte, 64), 0)
 	forged := p.remote
 	forged.Region = 3
@@ -163,10 +160,8 @@ func TestRefusalIsAttributed(t *testing.T) {
 		"read with forged rights":         {forgedSession, read(1, evenly(4, 64)...), backend.Denied},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if err := test.session.Post(test.transfer); err != nil {
-				t.Fatal(err)
-			}
-			c := p.completions.next(t)
+			must(t, test.session.Post(test.transfer))
+			c := p.completions.Next(t)
 			wantCode(t, c.Err, test.code)
 			wantAll(t, c.Outcomes, 4, backend.Failed)
 			if !strings.Contains(c.Err.Error(), "b@7") || !strings.Contains(c.Err.Error(), "region") {
@@ -174,11 +169,7 @@ func TestRefusalIsAttributed(t *testing.T) {
 			}
 		})
 	}
-	select {
-	case <-p.endpoint.Done():
-		t.Fatal("a refusal broke the endpoint")
-	default:
-	}
+	wantOpen(t, p.endpoint.Done(), "a refusal broke the endpoint")
 }
 
 // TestHostileTarget answers a read of 64 bytes, or nothing, with what no target of ours would.
@@ -200,9 +191,7 @@ func TestHostileTarget(t *testing.T) {
 	for name, answer := range tests {
 		for how, post := range map[string]func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received{
 			"to the reader": func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received {
-				if err := rt.session.Post(transfer); err != nil {
-					t.Fatal(err)
-				}
+				must(t, rt.session.Post(transfer))
 				return rt.readRequest(t)
 			},
 			"to the poster": func(t *testing.T, rt *rawTarget, transfer backend.Transfer) received {
@@ -216,7 +205,7 @@ func TestHostileTarget(t *testing.T) {
 				if _, err := rt.conn.Write(answer(id)); err != nil {
 					t.Fatal(err)
 				}
-				c := rt.completions.next(t)
+				c := rt.completions.Next(t)
 				wantCode(t, c.Err, backend.PathDown)
 				if !strings.Contains(c.Err.Error(), "protocol") {
 					t.Errorf("the error does not name the cause: %v", c.Err)
@@ -232,16 +221,14 @@ func TestHostileTarget(t *testing.T) {
 		rt := newRawTarget(t, 64, nil)
 		rt.reply(t, reply{id: 1})
 		wantClosed(t, rt.endpoint.Done(), "the end of the endpoint")
-		rt.completions.empty(t)
+		rt.completions.Empty(t)
 	})
 	t.Run("reply twice", func(t *testing.T) {
 		rt := newRawTarget(t, 64, nil)
-		if err := rt.session.Post(write(1, evenly(1, 64)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(1, evenly(1, 64)...)))
 		id := rt.readRequest(t).id
 		rt.reply(t, reply{id: id})
-		if c := rt.completions.next(t); c.Err != nil {
+		if c := rt.completions.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		}
 		rt.reply(t, reply{id: id})
@@ -250,22 +237,18 @@ func TestHostileTarget(t *testing.T) {
 	t.Run("ack before the end", func(t *testing.T) {
 		const size = 64 << 20
 		rt := newRawTarget(t, size, nil)
-		if err := rt.session.Post(write(1, evenly(64, size)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(1, evenly(64, size)...)))
 		rt.reply(t, reply{id: rt.readHead(t).id})
 		rt.conn.Close()
-		c := rt.completions.next(t)
+		c := rt.completions.Next(t)
 		wantCode(t, c.Err, backend.PathDown)
 		wantCut(t, c.Outcomes, 64)
 	})
 	t.Run("refusal with control characters", func(t *testing.T) {
 		rt := newRawTarget(t, 64, nil)
-		if err := rt.session.Post(write(1, evenly(1, 64)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(1, evenly(1, 64)...)))
 		rt.reply(t, reply{code: backend.Denied, id: rt.readRequest(t).id, bytes: 3}, []byte("a\n\x1b")...)
-		c := rt.completions.next(t)
+		c := rt.completions.Next(t)
 		wantCode(t, c.Err, backend.Denied)
 		if strings.ContainsAny(c.Err.Error(), "\n\x1b") {
 			t.Errorf("the target wrote into the log: %q", c.Err)
@@ -285,24 +268,16 @@ func FuzzRequests(f *testing.F) {
 	b.lend(f, 1, make([]byte, 4096), everything)
 	b.lend(f, 2, closed, 0)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		f.Fatal(err)
-	}
+	must(f, err)
 	f.Cleanup(func() { l.Close() })
 	f.Fuzz(func(t *testing.T, input []byte) {
 		client, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer client.Close()
 		conn, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		stream, err := newStream(conn.(*net.TCPConn), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		drained := make(chan struct{})
 		go func() {
 			defer close(drained)
@@ -317,7 +292,7 @@ func FuzzRequests(f *testing.F) {
 			if err == nil {
 				t.Error("serving ended without a reason")
 			}
-		case <-time.After(long):
+		case <-time.After(backendtest.Patience):
 			t.Error("serving does not end")
 		}
 		stream.close(true)
@@ -325,7 +300,7 @@ func FuzzRequests(f *testing.F) {
 		if !bytes.Equal(closed, make([]byte, len(closed))) {
 			t.Fatal("a region without rights was written")
 		}
-		if n := b.regions.get(1).users.inside.Load(); n != 0 {
+		if n := b.regions.Get(1).users.Inside(); n != 0 {
 			t.Fatalf("%d users of the region are left over", n)
 		}
 	})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // received is a request that a raw target has read.
@@ -32,15 +33,11 @@ func (rt *rawTarget) readRequest(t testing.TB) received {
 // readHead reads one request up to its payload.
 func (rt *rawTarget) readHead(t testing.TB) received {
 	t.Helper()
-	if err := rt.conn.SetDeadline(time.Now().Add(long)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.conn.SetDeadline(time.Now().Add(backendtest.Patience)))
 	head := make([]byte, requestSize)
 	rt.readFull(t, head)
 	parsed, err := parseRequest(head)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	r := received{request: parsed}
 	table := make([]byte, spanSize*parsed.count)
 	rt.readFull(t, table)
@@ -99,9 +96,7 @@ func readReply(t testing.TB, conn net.Conn) (reply, []byte) {
 		t.Fatal(err)
 	}
 	r, err := parseReply(head)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	rest := make([]byte, r.bytes)
 	if _, err := io.ReadFull(conn, rest); err != nil {
 		t.Fatal(err)
@@ -112,9 +107,7 @@ func readReply(t testing.TB, conn net.Conn) (reply, []byte) {
 // wantEnd checks that the other end closes the connection without sending anything.
 func wantEnd(t testing.TB, conn net.Conn) {
 	t.Helper()
-	if err := conn.SetReadDeadline(time.Now().Add(long)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, conn.SetReadDeadline(time.Now().Add(backendtest.Patience)))
 	n, err := conn.Read(make([]byte, 1))
 	if n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("read %d bytes, error %v; want the end of the connection", n, err)

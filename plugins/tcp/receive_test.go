@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // receivedBy returns who receives on the first lane, and how often a poster has led there.
@@ -37,7 +38,7 @@ func (rt *rawTarget) lead(t *testing.T, transfer backend.Transfer) (received, <-
 			return r, returned
 		}
 		rt.answer(t, r)
-		if c := rt.completions.next(t); c.Err != nil {
+		if c := rt.completions.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		}
 		wantClosed(t, returned, "the return of PostWait")
@@ -58,10 +59,8 @@ func (rt *rawTarget) answer(t *testing.T, r received) {
 func (p *pair) abandonLane(t *testing.T) {
 	t.Helper()
 	eventually(t, "the retreat of the reader", func() bool {
-		if err := p.session.PostWait(read(1, evenly(1, 64)...)); err != nil {
-			t.Fatal(err)
-		}
-		if c := p.completions.next(t); c.Err != nil {
+		must(t, p.session.PostWait(read(1, evenly(1, 64)...)))
+		if c := p.completions.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		}
 		by, _ := p.endpoint.receivedBy()
@@ -72,19 +71,17 @@ func (p *pair) abandonLane(t *testing.T) {
 // TestPosterReceives: of a poster that leads to the end, the transfer has completed when PostWait returns.
 func TestPosterReceives(t *testing.T) {
 	p := newPair(t, 4096, nil)
-	pattern(p.far, 7)
+	fill(p.far, 7)
 	eventually(t, "a turn of the poster", func() bool {
 		clear(p.near)
 		_, before := p.endpoint.receivedBy()
-		if err := p.session.PostWait(read(1, evenly(1, 4096)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, p.session.PostWait(read(1, evenly(1, 4096)...)))
 		by, turns := p.endpoint.receivedBy()
 		led := by == byNobody && turns > before
-		if led && len(p.completions) != 1 {
-			t.Fatalf("%d completions, want 1", len(p.completions))
+		if led && len(p.completions.All(t)) != 1 {
+			t.Fatalf("%d completions, want 1", len(p.completions.All(t)))
 		}
-		if c := p.completions.next(t); c.Err != nil {
+		if c := p.completions.Next(t); c.Err != nil {
 			t.Fatal(c.Err)
 		}
 		if !bytes.Equal(p.near, p.far) {
@@ -98,7 +95,7 @@ func TestPosterReceives(t *testing.T) {
 // and the reader receives the rest.
 func TestPosterIsNotKept(t *testing.T) {
 	payload := make([]byte, 4096)
-	pattern(payload, 3)
+	fill(payload, 3)
 	value := func(id uint64) []byte { return append(appendReply(nil, reply{id: id, bytes: 4096}), payload...) }
 	refusal := func(id uint64) []byte {
 		return append(appendReply(nil, reply{code: backend.Denied, id: id, bytes: 4}), "no, "...)
@@ -122,9 +119,9 @@ func TestPosterIsNotKept(t *testing.T) {
 				frame := test.frame(r.id)
 				send(t, rt.conn, frame[:test.cut])
 				wantClosed(t, returned, "the return of PostWait")
-				rt.completions.empty(t)
+				rt.completions.Empty(t)
 				send(t, rt.conn, frame[test.cut:])
-				c := rt.completions.next(t)
+				c := rt.completions.Next(t)
 				if test.code != 0 {
 					wantCode(t, c.Err, test.code)
 				} else if c.Err != nil || !bytes.Equal(rt.near, payload) {
@@ -152,20 +149,18 @@ func TestEndOfALentRead(t *testing.T) {
 				r, returned := rt.lead(t, read(1, evenly(4, 4096)...))
 				frame := append(appendReply(nil, reply{id: r.id, bytes: 4096}), make([]byte, 4096)...)
 				send(t, rt.conn, frame[:cut])
-				if err := end(rt); err != nil {
-					t.Fatal(err)
-				}
-				c := rt.completions.next(t)
+				must(t, end(rt))
+				c := rt.completions.Next(t)
 				if c.Err == nil {
 					t.Fatal("a read that was ended succeeded")
 				}
-				pattern(rt.near, 9)
+				fill(rt.near, 9)
 				want := bytes.Clone(rt.near)
 				if name == "cancel" {
 					send(t, rt.conn, frame[cut:])
 					r, _ := rt.lead(t, write(2, evenly(1, 64)...))
 					rt.answer(t, r)
-					if c := rt.completions.next(t); c.Err != nil {
+					if c := rt.completions.Next(t); c.Err != nil {
 						t.Fatal(c.Err)
 					}
 					wantAlive(t, rt.endpoint)
@@ -189,7 +184,7 @@ func TestEndWhileNobodyReceives(t *testing.T) {
 
 func TestFenceWhileNobodyReceives(t *testing.T) {
 	p := newPair(t, 64, nil)
-	p.b.settings.fenceGrace = long
+	p.b.settings.fenceGrace = backendtest.Patience
 	for range 3 {
 		p.abandonLane(t)
 		mustFence(t, p.b, p.a.self)
@@ -210,11 +205,9 @@ func TestReaderComesBack(t *testing.T) {
 		p := newPair(t, 64, nil)
 		for range 10 {
 			p.abandonLane(t)
-			if err := p.session.Post(write(2, evenly(1, 64)...)); err != nil {
-				t.Fatal(err)
-			}
+			must(t, p.session.Post(write(2, evenly(1, 64)...)))
 			wantReader(t, p.endpoint)
-			if c := p.completions.next(t); c.Err != nil {
+			if c := p.completions.Next(t); c.Err != nil {
 				t.Fatal(c.Err)
 			}
 		}
@@ -222,15 +215,13 @@ func TestReaderComesBack(t *testing.T) {
 	t.Run("for what is behind the poster's", func(t *testing.T) {
 		rt := newRawTarget(t, 64, nil)
 		first, returned := rt.lead(t, read(1, evenly(1, 64)...))
-		if err := rt.session.PostWait(read(2, evenly(1, 64)...)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.PostWait(read(2, evenly(1, 64)...)))
 		second := rt.readRequest(t)
 		rt.answer(t, first)
 		wantClosed(t, returned, "the return of PostWait")
 		wantReader(t, rt.endpoint)
 		rt.answer(t, second)
-		for _, c := range rt.completions.collect(t, 2) {
+		for _, c := range rt.completions.Collect(t, 2) {
 			if c.Err != nil {
 				t.Fatal(c.Err)
 			}
@@ -275,7 +266,7 @@ func TestPostersBesideEachOther(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, test.workers*most, test.options)
-			p.b.settings.fenceGrace = long
+			p.b.settings.fenceGrace = backendtest.Patience
 			stop := make(chan struct{})
 			var disturbers, workers sync.WaitGroup
 			disturb := func(f func()) {
@@ -303,7 +294,7 @@ func TestPostersBesideEachOther(t *testing.T) {
 			disturb(func() { mustFence(t, p.b, p.a.self) })
 
 			for w := range test.workers {
-				completions := newSink()
+				completions := new(sink)
 				s := bind(t, p.endpoint, 1, p.remote, completions)
 				var reading atomic.Uint64 // the cookie of the read under way
 				// Over another lane, a write could overtake the rest of a cancelled read.
@@ -327,9 +318,9 @@ func TestPostersBesideEachOther(t *testing.T) {
 							if err := post(transfer); err != nil {
 								return err
 							}
-							return completions.next(t).Err
+							return completions.Next(t).Err
 						}
-						pattern(near, int(cookie))
+						fill(near, cookie)
 						if err := move(write(cookie, g)); err != nil {
 							t.Error(err)
 							return
@@ -361,9 +352,7 @@ func TestPostersBesideEachOther(t *testing.T) {
 			if _, turns := p.endpoint.receivedBy(); turns == 0 && test.workers == 1 {
 				t.Error("no poster ever received")
 			}
-			if err := errors.Join(p.endpoint.Close(), p.a.Close(), p.b.Close()); err != nil {
-				t.Fatal(err)
-			}
+			must(t, errors.Join(p.endpoint.Close(), p.a.Close(), p.b.Close()))
 		})
 	}
 }

@@ -1,117 +1,22 @@
 package tcp
 
 import (
-	"math"
-	"sync"
-	"sync/atomic"
-
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/inuse"
 )
 
-// region is one registered region. Its memory may be touched only between users.enter and users.leave.
+// region is one registered region. Its memory may be touched only between users.Enter and users.Leave.
 type region struct {
 	id     backend.RegionID
 	rights backend.Rights
 	size   uint64
 	bytes  []byte // nil once the region is deregistered, so that nothing points to memory that gets unmapped
-	users  gate
+	users  inuse.Gate
 }
 
-// regions is the table of registered regions. Lookups take no lock: the table is replaced, never changed.
-type regions struct {
-	mu    sync.Mutex // serialises the replacements
-	table atomic.Pointer[map[backend.RegionID]*region]
-}
-
-func (t *regions) get(id backend.RegionID) *region {
-	if m := t.table.Load(); m != nil {
-		return (*m)[id]
-	}
-	return nil
-}
-
-// add tells whether the id was free.
-func (t *regions) add(r *region) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.get(r.id) != nil {
-		return false
-	}
-	m := t.copy()
-	m[r.id] = r
-	t.table.Store(&m)
-	return true
-}
-
-// remove forgets a region whose gate is shut and drained. Only the first call for a region has an effect.
-func (t *regions) remove(r *region) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.get(r.id) != r {
-		return
-	}
-	m := t.copy()
-	delete(m, r.id)
-	t.table.Store(&m)
-	r.bytes = nil
-}
-
-// all returns every region.
-func (t *regions) all() map[backend.RegionID]*region {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.copy()
-}
-
-func (t *regions) copy() map[backend.RegionID]*region {
-	m := make(map[backend.RegionID]*region)
-	if old := t.table.Load(); old != nil {
-		for id, r := range *old {
-			m[id] = r
-		}
-	}
-	return m
-}
-
-// gate counts those who are inside, and can be shut: then nobody enters any more, and drained is closed when the
-// last one has left.
-type gate struct {
-	inside  atomic.Int64 // plus shut, once shut
-	drained chan struct{}
-	once    sync.Once
-}
-
-const shut = math.MinInt64 / 2
-
-// enter tells whether the caller is inside; if so, it has to leave.
-func (g *gate) enter() bool {
-	if g.inside.Add(1) > 0 {
-		return true
-	}
-	g.leave()
-	return false
-}
-
-func (g *gate) leave() {
-	if g.inside.Add(-1) == shut {
-		g.once.Do(func() { close(g.drained) })
-	}
-}
-
-func (g *gate) isShut() bool { return g.inside.Load() < 0 }
-
-// close shuts the gate. It may be called more than once.
-func (g *gate) close() {
-	for {
-		n := g.inside.Load()
-		if n < 0 {
-			return
-		}
-		if g.inside.CompareAndSwap(n, n+shut) {
-			if n == 0 {
-				g.once.Do(func() { close(g.drained) })
-			}
-			return
-		}
+// forget drops a region that nobody uses any more. Only the first call for it has an effect.
+func (t *transport) forget(r *region) {
+	if t.regions.Remove(r.id, r) {
+		r.bytes = nil
 	}
 }

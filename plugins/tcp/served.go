@@ -130,12 +130,12 @@ func (c *served) send(frame *cursor) error {
 
 // enter returns the region, whose memory may be touched until leave, or nil when there is none to be used.
 func (c *served) enter(id backend.RegionID) *region {
-	target := c.t.regions.get(id)
+	target := c.t.regions.Get(id)
 	if target == nil {
 		return nil
 	}
 	c.using.Store(target) // before entering, so that Deregister finds everyone who is inside
-	if !target.users.enter() {
+	if !target.users.Enter() {
 		c.using.Store(nil)
 		return nil
 	}
@@ -144,7 +144,7 @@ func (c *served) enter(id backend.RegionID) *region {
 
 func (c *served) leave(target *region) {
 	c.using.Store(nil)
-	target.users.leave()
+	target.users.Leave()
 }
 
 // readTable reads the table of a request and decides whether all of it is allowed, before any byte moves. The

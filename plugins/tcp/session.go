@@ -24,9 +24,9 @@ func (e *endpoint) Session(_ context.Context, local backend.RegionID, remote bac
 	refuse := func(code backend.Code, region backend.RegionID, text string) (backend.Session, error) {
 		return nil, &backend.Error{Code: code, Backend: name, Op: "session", Peer: e.peer, Region: region, Text: text}
 	}
-	near := e.t.regions.get(local)
+	near := e.t.regions.Get(local)
 	switch {
-	case near == nil || near.users.isShut():
+	case near == nil || near.users.IsShut():
 		return refuse(backend.BadRequest, local, "the local region is not registered")
 	case remote.Peer.Node != e.peer.Node:
 		return refuse(backend.BadRequest, remote.Region, "the region belongs to "+remote.Peer.String())
@@ -53,7 +53,7 @@ func (s *session) refusal() *backend.Error {
 		return s.e.failure
 	case s.closed:
 		return s.fault(backend.BadRequest, "post", "the session is closed")
-	case s.local.users.isShut():
+	case s.local.users.IsShut():
 		e := s.fault(backend.BadRequest, "post", "the local region was deregistered")
 		e.Region = s.local.id
 		return e
@@ -77,12 +77,12 @@ func (s *session) post(t backend.Transfer, waits bool) error {
 	if err != nil {
 		return err
 	}
-	if !s.local.users.enter() {
+	if !s.local.users.Enter() {
 		return s.fault(backend.BadRequest, "post", "the local region was deregistered")
 	}
 	f, err := s.take()
 	if err != nil {
-		s.local.users.leave()
+		s.local.users.Leave()
 		return err
 	}
 	s.fill(f, &t, total)
@@ -90,7 +90,7 @@ func (s *session) post(t backend.Transfer, waits bool) error {
 		s.e.mu.Lock()
 		s.e.recycle(f)
 		s.e.mu.Unlock()
-		s.local.users.leave()
+		s.local.users.Leave()
 		s.leave()
 		return err
 	}
@@ -225,7 +225,7 @@ func (s *session) cancel(chosen func(*flight) bool) {
 // deliver hands over the completion of a flight of the session. Nobody touches the flight's memory any more.
 func (s *session) deliver(c backend.Completion) {
 	s.sink.Complete(c)
-	s.local.users.leave()
+	s.local.users.Leave()
 	s.leave()
 }
 

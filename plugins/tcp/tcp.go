@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/inuse"
 )
 
 const name = "tcp"
@@ -26,7 +27,7 @@ type transport struct {
 	settings settings
 	log      backend.Logger
 	info     backend.Info
-	regions  regions
+	regions  inuse.Table[region]
 	server   *server                     // nil for an initiator only
 	client   *tls.Config                 // nil without credentials
 	posted   func(context.Context) error // backend.Config.Posted
@@ -135,8 +136,7 @@ func (t *transport) Register(_ context.Context, m backend.Memory) ([]byte, error
 		return refuse(backend.PathDown, "the backend is closed")
 	}
 	r := &region{id: m.Region, rights: m.Rights, size: uint64(len(m.Bytes)), bytes: m.Bytes}
-	r.users.drained = make(chan struct{})
-	if !t.regions.add(r) {
+	if !t.regions.Add(r.id, r) {
 		return refuse(backend.BadRequest, "a region of this id is registered already")
 	}
 	return nil, nil
@@ -145,18 +145,18 @@ func (t *transport) Register(_ context.Context, m backend.Memory) ([]byte, error
 // Deregister implements backend.Backend. It lets what uses the region finish, and breaks it when ctx ends first;
 // so it always ends quiet.
 func (t *transport) Deregister(ctx context.Context, id backend.RegionID) error {
-	r := t.regions.get(id)
+	r := t.regions.Get(id)
 	if r == nil {
 		return nil
 	}
-	r.users.close()
+	unused := r.users.Shut()
 	select {
-	case <-r.users.drained:
+	case <-unused:
 	case <-ctx.Done():
 		t.breakUsers(r)
-		<-r.users.drained
+		<-unused
 	}
-	t.regions.remove(r)
+	t.forget(r)
 	return nil
 }
 
@@ -225,10 +225,9 @@ func (t *transport) Close() error {
 		t.server.close()
 	}
 	t.running.Wait()
-	for _, r := range t.regions.all() {
-		r.users.close()
-		<-r.users.drained
-		t.regions.remove(r)
+	for _, r := range t.regions.All() {
+		<-r.users.Shut()
+		t.forget(r)
 	}
 	close(t.quiet)
 	return nil

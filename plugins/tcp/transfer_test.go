@@ -13,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/backendtest"
 )
 
 // drawSegments cuts both regions into the same number of pieces, in a random order on the local side.
@@ -49,17 +50,11 @@ func TestTransfersMoveExactlyTheirSegments(t *testing.T) {
 	var cookie uint64
 	rapid.Check(t, func(rt *rapid.T) {
 		segments := drawSegments(rt, size)
-		pattern(p.near, rapid.IntRange(0, 255).Draw(rt, "near"))
-		pattern(p.far, rapid.IntRange(256, 511).Draw(rt, "far"))
+		fill(p.near, rapid.Uint64Range(0, 255).Draw(rt, "near"))
+		fill(p.far, rapid.Uint64Range(256, 511).Draw(rt, "far"))
 		wantNear, wantFar := bytes.Clone(p.near), bytes.Clone(p.far)
 		op := rapid.SampledFrom([]backend.Op{backend.Write, backend.Read}).Draw(rt, "op")
-		for _, g := range segments {
-			if op == backend.Write {
-				copy(wantFar[g.Remote:g.Remote+g.Length], p.near[g.Local:])
-			} else {
-				copy(wantNear[g.Local:g.Local+g.Length], p.far[g.Remote:])
-			}
-		}
+		backendtest.Model(op, wantNear, wantFar, segments...)
 		cookie++
 		p.must(t, backend.Transfer{Op: op, Segments: segments, Cookie: cookie})
 		if !bytes.Equal(p.near, wantNear) || !bytes.Equal(p.far, wantFar) {
@@ -74,19 +69,17 @@ func TestPipelining(t *testing.T) {
 	const n = 50
 	rt := newRawTarget(t, n*4096, nil)
 	for i, g := range evenly(n, n*4096) {
-		if err := rt.session.Post(write(uint64(i), g)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(uint64(i), g)))
 	}
 	var requests []received
 	for range n {
 		requests = append(requests, rt.readRequest(t))
 	}
-	rt.completions.empty(t)
+	rt.completions.Empty(t)
 	for _, r := range requests {
 		rt.reply(t, reply{id: r.id})
 	}
-	for _, c := range rt.completions.collect(t, n) {
+	for _, c := range rt.completions.Collect(t, n) {
 		if c.Err != nil {
 			t.Error(c.Err)
 		}
@@ -98,15 +91,13 @@ func TestFullWindowSaysBusyAndRecovers(t *testing.T) {
 	rt := newRawTarget(t, 1<<16, map[string]string{"window": fmt.Sprint(window)})
 	g := backend.Segment{Length: 100}
 	for i := range uint64(window) {
-		if err := rt.session.Post(write(i, g)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(i, g)))
 	}
 	if err := rt.session.Post(write(99, g)); !errors.Is(err, backend.ErrBusy) {
 		t.Fatalf("posting into a full window: got %v, want busy", err)
 	}
 	rt.reply(t, reply{id: rt.readRequest(t).id})
-	if c := rt.completions.next(t); c.Err != nil || c.Cookie != 0 {
+	if c := rt.completions.Next(t); c.Err != nil || c.Cookie != 0 {
 		t.Fatalf("got %+v", c)
 	}
 	if err := rt.session.Post(write(99, g)); err != nil {
@@ -135,12 +126,8 @@ func TestSinkMayPost(t *testing.T) {
 	p := newPair(t, 4096, map[string]string{"window": "1"})
 	c := &chain{left: 500, done: make(chan error, 1)}
 	c.session = bind(t, p.endpoint, 1, p.remote, c)
-	if err := c.session.Post(read(1, backend.Segment{Length: 512})); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-c.done; err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.session.Post(read(1, backend.Segment{Length: 512})))
+	must(t, <-c.done)
 }
 
 func TestManySessionsAtOnce(t *testing.T) {
@@ -152,12 +139,12 @@ func TestManySessionsAtOnce(t *testing.T) {
 		near, far := make([]byte, size), make([]byte, size)
 		a.lend(t, backend.RegionID(w+1), near, 0)
 		remote := b.lend(t, backend.RegionID(w+1), far, everything)
-		completions := newSink()
+		completions := make(backendtest.Signal, 2*rounds)
 		s := bind(t, e, backend.RegionID(w+1), remote, completions)
 		wg.Go(func() {
 			scratch := make([]backend.Segment, 0, 16)
 			for i := range rounds {
-				pattern(near, w*rounds+i)
+				fill(near, uint64(w*rounds+i))
 				want := bytes.Clone(near)
 				for _, op := range []backend.Op{backend.Write, backend.Read} {
 					scratch = append(scratch[:0], evenly(16, size)...)
@@ -168,8 +155,8 @@ func TestManySessionsAtOnce(t *testing.T) {
 					for j := range scratch { // the slice is ours again
 						scratch[j] = backend.Segment{Local: math.MaxUint64, Remote: math.MaxUint64, Length: 1}
 					}
-					if c := <-completions; c.Err != nil {
-						t.Error(c.Err)
+					if err := <-completions; err != nil {
+						t.Error(err)
 						return
 					}
 					if op == backend.Write {
@@ -192,14 +179,12 @@ func TestManySessionsAtOnce(t *testing.T) {
 // TestSegmentsBelongToTheCallerAfterPost overwrites them while the transfer still waits for its lane.
 func TestSegmentsBelongToTheCallerAfterPost(t *testing.T) {
 	rt := newRawTarget(t, 16<<20, nil)
-	pattern(rt.near, 5)
+	fill(rt.near, 5)
 	if err := rt.session.Post(write(1, backend.Segment{Length: 16 << 20})); err != nil { // fills the lane
 		t.Fatal(err)
 	}
 	segments := []backend.Segment{{Local: 100, Remote: 200, Length: 300}}
-	if err := rt.session.Post(write(2, segments...)); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rt.session.Post(write(2, segments...)))
 	segments[0] = backend.Segment{}
 	rt.readRequest(t)
 	r := rt.readRequest(t)
@@ -212,11 +197,9 @@ func TestSegmentsBelongToTheCallerAfterPost(t *testing.T) {
 func TestPosterHandsOver(t *testing.T) {
 	const n, size = 64, 32 << 10
 	rt := newRawTarget(t, n*size, map[string]string{"send_buffer": "8KiB"})
-	pattern(rt.near, 11)
+	fill(rt.near, 11)
 	for i, g := range evenly(n, n*size) {
-		if err := rt.session.Post(write(uint64(i), g)); err != nil {
-			t.Fatal(err)
-		}
+		must(t, rt.session.Post(write(uint64(i), g)))
 	}
 	for range n {
 		r := rt.readRequest(t)
@@ -226,7 +209,7 @@ func TestPosterHandsOver(t *testing.T) {
 		}
 		rt.reply(t, reply{id: r.id})
 	}
-	for _, c := range rt.completions.collect(t, n) {
+	for _, c := range rt.completions.Collect(t, n) {
 		if c.Err != nil {
 			t.Error(c.Err)
 		}
@@ -262,10 +245,8 @@ func TestPostRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			err := test.session.Post(test.transfer)
 			if test.code == 0 {
-				if err != nil {
-					t.Fatal(err)
-				}
-				if c := p.completions.next(t); c.Err != nil {
+				must(t, err)
+				if c := p.completions.Next(t); c.Err != nil {
 					t.Fatal(c.Err)
 				}
 				return
@@ -275,7 +256,7 @@ func TestPostRefuses(t *testing.T) {
 			if errors.As(err, &e); e.Peer.Node != "b" || e.Region == 0 || e.Backend != "tcp" {
 				t.Errorf("the error does not say where: %v", err)
 			}
-			p.completions.empty(t)
+			p.completions.Empty(t)
 		})
 	}
 	p.must(t, write(7, evenly(1, 4096)...)) // the endpoint is as good as before
@@ -319,9 +300,7 @@ func TestRegisterRefuses(t *testing.T) {
 	_, err = a.Register(t.Context(), backend.Memory{Region: 2, Kind: backend.GPUMemory, Bytes: good.Bytes, FD: -1})
 	wantCode(t, err, backend.Unsupported)
 	for range 2 {
-		if err := a.Deregister(t.Context(), 1); err != nil {
-			t.Fatal(err)
-		}
+		must(t, a.Deregister(t.Context(), 1))
 	}
 	if _, err := a.Register(t.Context(), good); err != nil {
 		t.Fatalf("registering again after Deregister: %v", err)
@@ -351,9 +330,7 @@ func TestTransfersDoNotAllocate(t *testing.T) {
 	} {
 		for how, post := range map[string]func(backend.Transfer) error{"Post": s.Post, "PostWait": s.PostWait} {
 			round := func() {
-				if err := post(transfer); err != nil {
-					t.Fatal(err)
-				}
+				must(t, post(transfer))
 				<-w.done
 			}
 			for range 20 {
