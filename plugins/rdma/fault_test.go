@@ -266,7 +266,7 @@ func TestSecondPartFindsNoCredit(t *testing.T) {
 		}, true, map[backend.Outcome]int{backend.Done: 8, backend.InDoubt: 16, backend.NotSent: 16}},
 	} {
 		t.Run(what, func(t *testing.T) {
-			options := narrow()
+			options := narrow("connect_timeout", "1m") // before which the target does not probe, or its probes count, too
 			if what == "it is cancelled, and ends" {
 				options["cancel_grace"] = "10s"
 			}
@@ -288,6 +288,7 @@ func TestSecondPartFindsNoCredit(t *testing.T) {
 			}
 			posted(16)
 			l.fabric.Step("sim-a", 3) // not a whole part: no credit comes back
+			until(t, "three answers", func() bool { return l.outstanding() == 13 })
 			posted(16)
 			l.fabric.Step("sim-a", 5) // two parts
 			posted(24)

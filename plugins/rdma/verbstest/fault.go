@@ -233,19 +233,22 @@ func (f *Fabric) Release() {
 
 // Pause lets the device begin no further work request as initiator. What has begun ends; what is flushed is flushed.
 // Posts are taken as always.
-func (f *Fabric) Pause(device string) { f.allow(device, 0) }
+func (f *Fabric) Pause(device string) { f.allow(device, func(int) int { return 0 }) }
 
-// Step lets the device begin n more work requests, and then no further one.
-func (f *Fabric) Step(device string, n int) { f.allow(device, n) }
+// Step lets the device begin n more work requests than it may already, and then no further one. Without a Pause before it,
+// the device may begin n.
+func (f *Fabric) Step(device string, n int) {
+	f.allow(device, func(budget int) int { return max(budget, 0) + n })
+}
 
 // Resume ends a Pause.
-func (f *Fabric) Resume(device string) { f.allow(device, -1) }
+func (f *Fabric) Resume(device string) { f.allow(device, func(int) int { return -1 }) }
 
-func (f *Fabric) allow(device string, n int) {
+func (f *Fabric) allow(device string, change func(budget int) int) {
 	hw := f.named(device)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	hw.budget = n
+	hw.budget = change(hw.budget)
 	f.kickAll()
 }
 

@@ -180,10 +180,12 @@ func TestPauseAndStep(t *testing.T) {
 	b.statuses(9, device.Success)
 	f.Resume("simulated0")
 	a.statuses(3, device.Success)
-	f.Pause("simulated0")
-	a.writes(b, 4, 2)
+	f.Step("simulated0", 1)
+	f.Step("simulated0", 2) // on top
+	a.writes(b, 4, 5)
+	a.statuses(4, device.Success, device.Success, device.Success)
 	check(t, a.qp.Fail())
-	a.statuses(4, device.Flushed, device.Flushed)
+	a.statuses(7, device.Flushed, device.Flushed)
 }
 
 // cuts are ways to make what the first device of a pair sends vanish, and to end that.
