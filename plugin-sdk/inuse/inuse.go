@@ -98,9 +98,9 @@ func (g *Gate) Inside() int64 {
 	return n
 }
 
-// Table has the regions of a backend by their ids. The zero value is empty. A look-up takes no lock and a few nanoseconds;
-// a change copies the table, which suits regions, that are many transfers old when they end. A Table must not be copied
-// after its first use. All methods may be called from any goroutine.
+// Table has the regions of a backend by their ids. The zero value is empty. A look-up takes no lock, and some ten
+// nanoseconds; a change copies the table, which suits regions, since they last for many transfers. A Table must not be
+// copied after its first use. All methods may be called from any goroutine.
 type Table[R any] struct {
 	mu      sync.Mutex // serialises the changes
 	regions atomic.Pointer[map[backend.RegionID]*R]
