@@ -98,7 +98,7 @@ func (g *Gate) Inside() int64 {
 	return n
 }
 
-// Table has the regions of a backend by their ids. The zero value is empty. A look-up takes no lock, and some ten
+// Table has the regions of a backend by their ids. The zero value is empty. A look-up takes no lock, and a few
 // nanoseconds; a change copies the table, which suits regions, since they last for many transfers. A Table must not be
 // copied after its first use. All methods may be called from any goroutine.
 type Table[R any] struct {
