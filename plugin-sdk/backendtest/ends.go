@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/umbp/umbp/plugin-sdk/backend"
+	"github.com/umbp/umbp/plugin-sdk/reference"
 )
 
 // Peer returns a process of this host.
@@ -83,24 +84,13 @@ func Register(t testing.TB, b backend.Backend, self backend.Peer, m backend.Memo
 }
 
 // Target is the end that answers: a backend of this process, or a Process.
-type Target interface {
-	Answer(ctx context.Context, peer backend.Peer, offer []byte) (answer []byte, err error)
-}
+type Target = reference.Target
 
 // TryConnect connects the backend of self to a peer, whose target answers. It has Patience to do so.
 func TryConnect(from backend.Backend, self, to backend.Peer, target Target) (backend.Endpoint, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	h, err := from.Offer(ctx, to)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := target.Answer(ctx, self, h.Offer())
-	if err != nil {
-		h.Abandon()
-		return nil, err
-	}
-	return h.Establish(ctx, answer)
+	return reference.Connect(ctx, from, self, target, to)
 }
 
 // Connect is TryConnect where that has to work. The endpoint is left for the backend to close.

@@ -48,9 +48,14 @@ func (p *Pair) Close() error {
 	return errors.Join(p.Initiator.Close(), p.Target.Close())
 }
 
-// Connect carries offer and answer between two backends of any kind in this process, as two hosts would over
-// their control plane, and returns the endpoint from the first to the second.
-func Connect(ctx context.Context, from backend.Backend, fromPeer backend.Peer, to backend.Backend, toPeer backend.Peer) (backend.Endpoint, error) {
+// Target is the end that answers: a backend of this process, or whatever stands for one elsewhere.
+type Target interface {
+	Answer(ctx context.Context, peer backend.Peer, offer []byte) (answer []byte, err error)
+}
+
+// Connect carries offer and answer between two backends of any kind, as two hosts would over their control plane, and
+// returns the endpoint from the first to the second.
+func Connect(ctx context.Context, from backend.Backend, fromPeer backend.Peer, to Target, toPeer backend.Peer) (backend.Endpoint, error) {
 	handshake, err := from.Offer(ctx, toPeer)
 	if err != nil {
 		return nil, err
